@@ -1,0 +1,11 @@
+// One binder per op: its torch-free kernels over NumPy buffers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dynplan {
+
+void bind_pack(pybind11::module_& m);
+void bind_build_dispatch(pybind11::module_& m);
+
+}  // namespace dynplan

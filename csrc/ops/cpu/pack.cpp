@@ -1,0 +1,93 @@
+#include "kernels/pack.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "ops/cpu/parallel.h"
+#include "ops/pack.h"
+
+namespace dynplan {
+namespace {
+
+void check_indices(const char* op, const at::Tensor& indices, int64_t positions) {
+  const int32_t* index = indices.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < indices.numel(); ++t)
+    TORCH_CHECK_INDEX(index[t] >= -1 && index[t] < positions, op, ": expected indices in [-1, ", positions,
+                      "), got ", index[t], " at ", t);
+}
+
+at::Tensor gather_rows(const at::Tensor& hidden, const at::Tensor& indices) {
+  // Only a row must be dense; batches and positions may be strided, expanded or permuted.
+  const at::Tensor source = hidden.size(2) <= 1 || hidden.stride(2) == 1 ? hidden : hidden.contiguous();
+  const int64_t element = source.element_size();
+  at::Tensor packed = at::empty({indices.size(0), source.size(2)}, source.options());
+  kernels::pack_rows({.hidden = static_cast<const char*>(source.const_data_ptr()),
+                      .batch_stride = source.stride(0) * element,
+                      .length_stride = source.stride(1) * element,
+                      .row_bytes = source.size(2) * element,
+                      .length = source.size(1),
+                      .indices = indices.const_data_ptr<int32_t>(),
+                      .tokens = indices.size(0),
+                      .packed = static_cast<char*>(packed.mutable_data_ptr())},
+                     at_parallel);
+  return packed;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_cpu(const at::Tensor& hidden,
+                                                        const at::Tensor& attention_mask) {
+  check_pack(hidden, attention_mask);
+  const int64_t batch = hidden.size(0);
+  const int64_t length = hidden.size(1);
+  const at::Tensor mask = attention_mask.contiguous();
+  const auto int32 = mask.options().dtype(at::kInt);
+  at::Tensor cu_seqlens = at::empty({batch + 1}, int32);
+  at::Tensor indices;
+  AT_DISPATCH_INTEGRAL_TYPES_AND(at::kBool, mask.scalar_type(), "pack", [&] {
+    const scalar_t* data = mask.const_data_ptr<scalar_t>();
+    const int64_t tokens =
+        kernels::count_tokens(data, batch, length, cu_seqlens.mutable_data_ptr<int32_t>());
+    TORCH_CHECK_VALUE(tokens >= 0, "pack: expected attention_mask to hold only 0 and 1, got ",
+                      static_cast<int64_t>(data[tokens < 0 ? -1 - tokens : 0]), " at [",
+                      (-1 - tokens) / std::max<int64_t>(length, 1), ", ",
+                      (-1 - tokens) % std::max<int64_t>(length, 1), "]");
+    indices = at::empty({tokens}, int32);
+    kernels::token_indices(data, batch * length, indices.mutable_data_ptr<int32_t>());
+  });
+  return {gather_rows(hidden, indices), indices, cu_seqlens};
+}
+
+at::Tensor unpack_cpu(const at::Tensor& packed, const at::Tensor& indices, int64_t batch_size, int64_t length) {
+  check_unpack(packed, indices, batch_size, length);
+  const at::Tensor rows = packed.contiguous();
+  const at::Tensor dense_indices = indices.contiguous();
+  check_indices("unpack", dense_indices, batch_size * length);
+  at::Tensor hidden = at::zeros({batch_size, length, rows.size(1)}, rows.options());
+  kernels::unpack_rows({.packed = static_cast<const char*>(rows.const_data_ptr()),
+                        .indices = dense_indices.const_data_ptr<int32_t>(),
+                        .tokens = rows.size(0),
+                        .row_bytes = rows.size(1) * rows.element_size(),
+                        .hidden = static_cast<char*>(hidden.mutable_data_ptr())},
+                       at_parallel);
+  return hidden;
+}
+
+at::Tensor unpack_backward_cpu(const at::Tensor& grad, const at::Tensor& indices) {
+  check_unpack_backward(grad, indices);
+  const at::Tensor dense_indices = indices.contiguous();
+  check_indices("_unpack_backward", dense_indices, grad.size(0) * grad.size(1));
+  return gather_rows(grad, dense_indices);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
+  m.impl("pack", &pack_cpu);
+  m.impl("unpack", &unpack_cpu);
+  m.impl("_unpack_backward", &unpack_backward_cpu);
+}
+
+}  // namespace dynplan

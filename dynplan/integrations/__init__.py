@@ -1,0 +1,1 @@
+"""Fitting dynplan into models and trainers people already have."""

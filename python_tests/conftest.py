@@ -1,0 +1,8 @@
+import torch
+from hypothesis import settings
+
+# Deadlines would measure the machine, not us; derandomised, so that a failure is the same for everybody.
+settings.register_profile("dynplan", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("dynplan")
+
+torch.set_num_threads(2)

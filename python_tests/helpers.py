@@ -1,0 +1,30 @@
+"""Shared by the tests: devices, the tolerance rule."""
+
+import pytest
+import torch
+from torch import Tensor
+
+requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, requires_cuda])]
+
+# What one rounding of the result itself costs, measured over the test suite: added to the relative rule so
+# that a rival that happens to be exact does not set a bar of zero.
+ATOL = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def assert_close_to_exact(ours: Tensor, theirs: Tensor, exact: Tensor, atol: float | None = None) -> None:
+    """The tolerance rule: our error against ``exact`` (fp64) is at most twice PyTorch's in the same dtype.
+
+    Args:
+        ours: result under test.
+        theirs: plain PyTorch's result in the dtype of ``ours``.
+        exact: the same computed in fp64.
+        atol: replaces the dtype's measured absolute term.
+    """
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape == exact.shape
+    if ours.numel() == 0:
+        return
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (theirs.double() - exact).abs().max().item() + (ATOL[ours.dtype] if atol is None else atol)
+    assert error <= allowed, f"error {error:.3e} exceeds {allowed:.3e}"

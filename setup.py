@@ -1,0 +1,144 @@
+"""Builds dynplan._C (PyTorch ops) and dynplan._native (torch-free kernels over NumPy buffers).
+
+Environment: DYNPLAN_CUDA=auto|0|1 (default auto: when the installed torch and a CUDA toolkit agree),
+TORCH_CUDA_ARCH_LIST (default "8.0;9.0a"), MAX_JOBS.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent
+MIN_TORCH = (2, 11)
+MIN_GCC = 11
+INSTALL_HINT = "pip install torch==2.13.0, then pip install --no-build-isolation ."
+
+
+def stop(problem: str, remedy: str) -> None:
+    sys.exit(f"\ndynplan: {problem}\n  run: {remedy}\n")
+
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    stop(f"building needs torch in this environment and it does not import ({error})", INSTALL_HINT)
+
+try:
+    import pybind11
+except ImportError:
+    stop("building needs pybind11", "pip install pybind11 ninja setuptools wheel")
+
+
+def check_torch() -> None:
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < MIN_TORCH:
+        stop(
+            f"expected torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, got {torch.__version__}",
+            INSTALL_HINT,
+        )
+
+
+def check_compiler() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    path = shutil.which(compiler.split()[-1])
+    if path is None:
+        stop(f"no C++ compiler: {compiler!r} is not on PATH", "apt-get install g++ (or set CXX)")
+    banner = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    banner = banner.splitlines()[0] if banner else path
+    dump = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout
+    major = int(dump.split(".")[0]) if dump.strip() else 0
+    if "clang" not in banner and 0 < major < MIN_GCC:
+        stop(
+            f"expected g++ >= {MIN_GCC} for C++20, got {banner}",
+            "apt-get install g++-12; CXX=g++-12",
+        )
+    return banner
+
+
+def want_cuda() -> bool:
+    choice = os.environ.get("DYNPLAN_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        stop(
+            f"expected DYNPLAN_CUDA to be auto, 0 or 1, got {choice!r}",
+            "DYNPLAN_CUDA=auto pip install ...",
+        )
+    if choice == "0":
+        return False
+    has_torch_cuda = torch.version.cuda is not None
+    nvcc = Path(cpp_extension.CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
+    has_nvcc = nvcc.exists()
+    if choice == "1" and not has_torch_cuda:
+        stop(
+            f"DYNPLAN_CUDA=1 but torch {torch.__version__} is a CPU build",
+            "install a CUDA build of torch, or DYNPLAN_CUDA=0",
+        )
+    if choice == "1" and not has_nvcc:
+        stop(
+            "DYNPLAN_CUDA=1 but nvcc was not found",
+            "install the CUDA toolkit and set CUDA_HOME, or DYNPLAN_CUDA=0",
+        )
+    return has_torch_cuda and has_nvcc
+
+
+def sources(*groups: str) -> list[str]:
+    rows = (line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines())
+    rows = [row for row in rows if row and not row[0].startswith("#")]
+    return [f"csrc/{path}" for group, path in rows if group in groups]
+
+
+check_torch()
+compiler = check_compiler()
+cuda = want_cuda()
+version = (ROOT / "version.txt").read_text().strip()
+info = {
+    "version": version,
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda if cuda else None,
+    "compiler": compiler,
+    "python": sys.version.split()[0],
+}
+(ROOT / "dynplan/_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
+print("dynplan build:", json.dumps(info))
+
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-Wno-psabi",
+    "-fvisibility=hidden",
+    "-g0",
+]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
+make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+ops = make_extension(
+    "dynplan._C",
+    sources("op", "cpu", "kernel", *(["cuda"] if cuda else [])),
+    include_dirs=[str(ROOT / "csrc")],
+    define_macros=[("Py_LIMITED_API", "0x030A0000"), ("AT_PER_OPERATOR_HEADERS", None)]
+    + ([("DYNPLAN_WITH_CUDA", None)] if cuda else []),
+    extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS} if cuda else {"cxx": CXX_FLAGS},
+    py_limited_api=True,
+)
+native = Extension(
+    "dynplan._native",
+    sources("native", "kernel"),
+    include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+    define_macros=[("DYNPLAN_VERSION", f'"{version}"')],
+    extra_compile_args={"cxx": CXX_FLAGS},
+    extra_link_args=["-pthread"],
+    language="c++",
+)
+setup(
+    ext_modules=[ops, native],
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+)
