@@ -32,7 +32,7 @@ def build_dispatch(keep: Tensor, cu_seqlens: Tensor, capacity: int) -> Dispatch:
 
     Args:
         keep: bool (B,) for one layer or (B, L) for all; True = layer included.
-        cu_seqlens: int32 (B + 1,), offsets of the samples into the packed rows, from :func:`dynplan.ops.pack`.
+        cu_seqlens: int32 (B + 1,), offsets of the samples in the packed rows, from :func:`dynplan.ops.pack`.
         capacity: T, the number of packed rows (on CUDA the static capacity).
 
     Returns:

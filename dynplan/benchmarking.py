@@ -1,0 +1,95 @@
+"""Timing on a noisy machine: interleaved rounds, percentiles, a record of what ran where."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    """Seconds per call, over the rounds of one run."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        """From one measurement a round."""
+        quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(
+            torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        )
+        return cls(*quantiles.tolist(), len(seconds))
+
+
+def interleave(
+    cases: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
+) -> dict[str, Timing]:
+    """Times the cases in turn, A B C A B C ..., so that a change of the machine's speed meets all of them.
+
+    Args:
+        cases: name to a call without arguments.
+        rounds: measured calls of each, at least 1.
+        warmup: calls of each before the first measured one.
+
+    Returns:
+        A :class:`Timing` for each name, in the order given. Compare by ratio, never across runs. On CUDA a
+        call is timed until the device has finished it.
+    """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + rounds):
+        for name, call in cases.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing.of(measured) for name, measured in seconds.items()}
+
+
+def commit() -> str:
+    """The commit of the checkout dynplan runs from, with ``+`` where it has changes, or ``unknown``."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: str = "cpu") -> dict:
+    """What a figure was measured on: device, instruction set, threads, versions, commit, UTC time."""
+    from dynplan import __version__, _native
+
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "dynplan": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "isa": None if device == "cuda" else _native.cpu_features()["isa"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def append_history(path: Path, rows: list[dict]) -> None:
+    """Appends one JSON object a line; the folder is made. One write, so that no row is half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
