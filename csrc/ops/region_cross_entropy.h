@@ -1,0 +1,78 @@
+// Contract of region_cross_entropy and region_cross_entropy_upsampled, shared by every device.
+//
+//   region_cross_entropy(input, target, weight, OPTIONS, agreement) -> (value, normalizer, losses, lse,
+//   agreement)
+//     input      (N, C, *spatial) fp32, fp64, bf16, fp16; 1 to 3 spatial axes; any strides, read in place
+//     target     (N, *spatial) uint8, int8, int16, int32, int64; any strides
+//     weight     (C,) of the accumulation type, or none
+//     value      ()  Minkowski mean of exponent p over valid anchors ("mean") or their sum ("sum")
+//     normalizer ()  float64: sum of weight[label]^p over valid anchors
+//     losses     (N, *anchors) loss of each anchor, 0 where its label is ignored; anchors = ceil(spatial /
+//     stride) lse        (N, *anchors), or (N, *spatial) for merge "probs": what the backward needs beside
+//     losses agreement  (N, *anchors) int16 number of agreeing pixels in each window, or (0,) when not asked
+//     for
+//   The accumulation type (of value, losses, lse) is float32, float64 for fp64 input.
+//
+//   _region_cross_entropy_backward(grad_value?, grad_losses?, input, target, weight, value, normalizer,
+//   losses, lse,
+//                                  OPTIONS) -> grad_input, dtype and strides of empty_like(input)
+//     d value / d l_q = (l_q / value)^(p-1) / normalizer   ("mean"; 0/0 = 0), 1 ("sum")
+//     With s_q = grad_value * that + grad_losses_q:
+//     grad_input_p = sum over anchors q whose window holds p, y_q = y_p, of a_qp s_q d l_q / d z_q
+//
+// The _upsampled twins take `bool align_corners` after weight; input is (N, C, h, w), target (N, H, W), and
+// the logits of the formulas are the bilinear interpolation of input to H x W.
+//
+// OPTIONS: int[] kernel_size, int[] stride, float[] spacing (one per spatial axis), float sigma, float p, str
+// merge,
+//          str normalize, int[] ignore_index, float label_smoothing, str reduction
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+#include "kernels/region_cross_entropy.h"
+
+namespace dynplan {
+
+struct RegionOptions {
+  at::IntArrayRef kernel_size;
+  at::IntArrayRef stride;
+  at::ArrayRef<double> spacing;
+  double sigma;
+  double p;
+  std::string_view merge;
+  std::string_view normalize;
+  at::IntArrayRef ignore_index;
+  double label_smoothing;
+  std::string_view reduction;
+};
+
+// Checks every argument and fills all of Params except class_weight, from tensors on any device.
+// `align_corners` is empty for the op without upsampling.
+kernels::RegionCrossEntropyParams region_cross_entropy_params(const char* op, const at::Tensor& input,
+                                                              const at::Tensor& target,
+                                                              const std::optional<at::Tensor>& weight,
+                                                              std::optional<bool> align_corners,
+                                                              const RegionOptions& options);
+
+struct RegionOutputs {
+  at::Tensor value, normalizer, losses, lse, agreement;
+};
+
+// Uninitialised outputs of the forward on input's device.
+RegionOutputs region_cross_entropy_outputs(const kernels::RegionCrossEntropyParams& params,
+                                           const at::Tensor& input, const at::Tensor& target, bool agreement);
+
+// Checks what the backward is given beside the forward's arguments, and fills Grad except grad_input.
+kernels::RegionCrossEntropyGrad region_cross_entropy_grad(const char* op,
+                                                          const kernels::RegionCrossEntropyParams& params,
+                                                          const std::optional<at::Tensor>& grad_value,
+                                                          const std::optional<at::Tensor>& grad_losses,
+                                                          const at::Tensor& input, const at::Tensor& value,
+                                                          const at::Tensor& normalizer,
+                                                          const at::Tensor& losses, const at::Tensor& lse);
+
+}  // namespace dynplan

@@ -1,0 +1,275 @@
+"""Region (adaptive-pooling) cross-entropy: the loss of windows of one category, fused."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynplan.ops.region_minkowski import mean_over_ranks
+
+_region_cross_entropy = torch.ops.dynplan.region_cross_entropy.default
+
+
+class RegionStats(NamedTuple):
+    """The loss and what the same pass knows beside it.
+
+    Attributes:
+        loss: what ``reduction`` asked for; differentiable.
+        normalizer: float64 (), sum over valid anchors of ``weight[label] ** p``; their number without
+            ``weight``.
+        losses: (N, *anchors), the loss of each anchor, 0 where its label is ignored; differentiable.
+        agreement: int16 (N, *anchors), pixels of each window that share the anchor's label, the anchor
+            included; 0 where its label is ignored.
+    """
+
+    loss: Tensor
+    normalizer: Tensor
+    losses: Tensor
+    agreement: Tensor
+
+
+def region_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    kernel_size: int | Sequence[int] = 5,
+    sigma: float = 1.0,
+    stride: int | Sequence[int] = 1,
+    p: float = 5.0,
+    merge: str = "logits",
+    normalize: str = "weight",
+    weight: Tensor | None = None,
+    ignore_index: int | Sequence[int] = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    spacing: float | Sequence[float] = 1.0,
+    process_group=None,
+) -> Tensor:
+    r"""Cross-entropy of windows of one category, in the manner of arXiv 1802.08290.
+
+    Each window centre (anchor) :math:`q` merges the logits of those pixels :math:`p` of its window that share
+    its label, and cross-entropy is taken on the merged vector:
+
+    .. math::
+        z_q = \frac{1}{Z_q} \sum_{p \in W(q),\, y_p = y_q} e^{-d(p,q)^2 / 2\sigma^2} x_p, \qquad
+        l_q = \mathrm{logsumexp}(z_q) - z_q[y_q], \qquad
+        L = \Big(\frac{1}{M} \sum_q l_q^{\,p}\Big)^{1/p}
+
+    with :math:`d` the chessboard distance and :math:`M` the number of anchors whose label is not ignored.
+    Merged logits, one-hot masks and softmax maps are never stored. ``kernel_size=1, p=1`` is
+    :func:`torch.nn.functional.cross_entropy`. The paper's equations 4 and 5 give the loss of a window and the
+    mean; ``docs/region-loss.md`` lists the choices made where it is silent.
+
+    Args:
+        input: (N, C, *spatial) logits with 1 to 3 spatial axes; float32, float64, bfloat16 or float16, any
+            strides (channels-last is read in place). Arithmetic is in float32, in float64 for float64,
+            autocast or not.
+        target: (N, *spatial) or (N, 1, *spatial) labels, in ``0..C-1`` or ignored; uint8, int8, int16, int32
+            or int64.
+        kernel_size: window size in pixels, odd, 1 to 15; one value or one per axis. Windows are cut at the
+            border.
+        sigma: of the Gaussian on the chessboard distance, in the unit of ``spacing``; ``math.inf`` weighs all
+            pixels of a window alike.
+        stride: step between anchors in pixels; anchors sit at ``0, stride, 2 * stride, ...``; one value or
+            one per axis.
+        p: exponent of the Minkowski mean over anchors, at least 1. Larger values favour hard windows.
+        merge: ``"logits"``, or ``"probs"`` to merge the label's probability instead:
+            :math:`l_q = -\log (\sum_p e^{-d^2/2\sigma^2} \mathrm{softmax}(x_p)[y_p] / Z_q)`.
+        normalize: :math:`Z_q` is the sum of the agreeing pixels' Gaussian weights (``"weight"``) or their
+            number (``"count"``).
+        weight: (C,) class weights. A loss is multiplied by its label's weight as in ``F.cross_entropy``, and
+            :math:`M` becomes :math:`\sum_q w_{y_q}^p`.
+        ignore_index: label, or at most 16 labels, whose pixels are in no window and are no anchors.
+        label_smoothing: in 0..1, as in ``F.cross_entropy``, on the merged vector; with ``merge="logits"``
+            only.
+        reduction: ``"mean"``, the Minkowski mean; ``"none"``, the map of anchor losses; ``"sum"``, their sum
+            (needs ``p=1``).
+        spacing: size of a pixel (anisotropic voxels); one value or one per axis.
+        process_group: a :mod:`torch.distributed` group: the mean is then over the anchors of all its ranks,
+            exactly, and every rank gets that value. Its gradient is multiplied by the number of ranks, since
+            ``DistributedDataParallel`` averages gradients. Needs ``reduction="mean"``.
+
+    Returns:
+        () loss, or (N, *anchors) with ``reduction="none"``; float32, float64 for float64 input. Where every
+        label is ignored the loss and its gradient are 0 (``F.cross_entropy``'s mean is NaN). A second
+        derivative is refused.
+
+    Raises:
+        TypeError: ``input`` is not floating or ``target`` not integer.
+        ValueError: shapes, devices or options that do not fit.
+        IndexError: on CPU, a label neither in ``0..C-1`` nor ignored. On CUDA that is a device-side
+            assertion, as in PyTorch's own losses.
+    """
+    target = without_channel(input, target)
+    options = op_options(
+        input,
+        kernel_size,
+        stride,
+        spacing,
+        sigma,
+        p,
+        merge,
+        normalize,
+        ignore_index,
+        label_smoothing,
+        reduction,
+    )
+    outputs = _region_cross_entropy(input, target, acc_weight(input, weight), *options, False)
+    return reduced(outputs, reduction, p, process_group).loss
+
+
+def region_cross_entropy_stats(
+    input: Tensor,
+    target: Tensor,
+    kernel_size: int | Sequence[int] = 5,
+    sigma: float = 1.0,
+    stride: int | Sequence[int] = 1,
+    p: float = 5.0,
+    merge: str = "logits",
+    normalize: str = "weight",
+    weight: Tensor | None = None,
+    ignore_index: int | Sequence[int] = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    spacing: float | Sequence[float] = 1.0,
+    process_group=None,
+) -> RegionStats:
+    """:func:`region_cross_entropy` and its diagnostics from the same pass; arguments and errors are the same.
+
+    With ``process_group`` the loss is that of all ranks; the diagnostics are this rank's.
+    """
+    target = without_channel(input, target)
+    options = op_options(
+        input,
+        kernel_size,
+        stride,
+        spacing,
+        sigma,
+        p,
+        merge,
+        normalize,
+        ignore_index,
+        label_smoothing,
+        reduction,
+    )
+    outputs = _region_cross_entropy(input, target, acc_weight(input, weight), *options, True)
+    return reduced(outputs, reduction, p, process_group)
+
+
+def without_channel(input: Tensor, target: Tensor) -> Tensor:
+    """(N, 1, *spatial) labels as (N, *spatial)."""
+    return target.squeeze(1) if target.dim() == input.dim() and target.shape[1] == 1 else target
+
+
+def acc_weight(input: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Class weights in the accumulation type: C numbers, whatever autocast made of them."""
+    return (
+        None
+        if weight is None
+        else weight.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    )
+
+
+def op_options(
+    input, kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction
+) -> tuple:
+    """The OPTIONS of the schemas, one value per spatial axis."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"region_cross_entropy: expected reduction to be 'mean', 'sum' or 'none', got {reduction!r}"
+        )
+    axes = max(input.dim() - 2, 0)
+
+    def per_axis(value, number: Callable) -> list:
+        return [number(v) for v in value] if isinstance(value, Sequence) else [number(value)] * axes
+
+    return (
+        per_axis(kernel_size, int),
+        per_axis(stride, int),
+        per_axis(spacing, float),
+        float(sigma),
+        float(p),
+        merge,
+        normalize,
+        list(ignore_index) if isinstance(ignore_index, Sequence) else [ignore_index],
+        float(label_smoothing),
+        "sum" if reduction == "sum" else "mean",
+    )
+
+
+def reduced(outputs: tuple[Tensor, ...], reduction: str, p: float, process_group) -> RegionStats:
+    """The op's outputs (value, normalizer, losses, lse, agreement) as ``reduction`` wants them."""
+    value, normalizer, losses, _, agreement = outputs
+    if process_group is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f"region_cross_entropy: expected reduction to be 'mean' with process_group, got {reduction!r}"
+            )
+        value = mean_over_ranks(value, normalizer, p, process_group)
+    return RegionStats(losses if reduction == "none" else value, normalizer, losses, agreement)
+
+
+def register(op: str, extra: int) -> None:
+    """Fake and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
+    OPTIONS."""
+    backward_op = getattr(torch.ops.dynplan, f"_{op}_backward").default
+
+    def fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest):
+        kernel_size, stride, merge, agreement = rest[extra], rest[extra + 1], rest[extra + 5], rest[-1]
+        _check_shapes(op, input, target, len(kernel_size), len(stride))
+        acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+        space = target.shape[1:]
+        anchors = (target.shape[0], *((n + s - 1) // s for n, s in zip(space, stride, strict=True)))
+        return (
+            input.new_empty((), dtype=acc),
+            input.new_empty((), dtype=torch.float64),
+            input.new_empty(anchors, dtype=acc),
+            input.new_empty(target.shape if merge == "probs" else anchors, dtype=acc),
+            input.new_empty(anchors if agreement else (0,), dtype=torch.int16),
+        )
+
+    def setup_context(ctx, inputs, output) -> None:
+        value, normalizer, losses, lse, agreement = output
+        ctx.save_for_backward(*inputs[:3], value, normalizer, losses, lse)
+        ctx.rest = inputs[3:-1]
+        ctx.mark_non_differentiable(normalizer, lse, agreement)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_value, _normalizer, grad_losses, *_):
+        inputs, state = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        grad = None
+        if grad_value is not None or grad_losses is not None:
+            grad = backward_op(grad_value, grad_losses, *inputs, *ctx.rest[:extra], *state, *ctx.rest[extra:])
+        return grad, *[None] * (len(ctx.rest) + 3)
+
+    def refuse(ctx, grad):
+        raise NotImplementedError(f"{op}: a second derivative is not implemented")
+
+    torch.library.register_fake(f"dynplan::{op}", fake)
+    torch.library.register_fake(
+        f"dynplan::_{op}_backward", lambda grad_value, grad_losses, input, *_: torch.empty_like(input)
+    )
+    torch.library.register_autograd(f"dynplan::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"dynplan::_{op}_backward", refuse)
+
+
+def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None:
+    """The checks of csrc/ops/region_cross_entropy.cpp that tracing needs, in its words."""
+    torch._check_type(
+        input.dtype.is_floating_point,
+        lambda: f"{op}: expected input to be float32, float64, bfloat16 or float16, got {input.dtype}",
+    )
+    torch._check_type(
+        not target.dtype.is_floating_point, lambda: f"{op}: expected target to be integer, got {target.dtype}"
+    )
+    axes = input.dim() - 2
+    torch._check_value(
+        target.dim() == axes + 1 and all(length == axes for length in lengths),
+        lambda: (
+            f"{op}: expected target to have shape (N, *spatial) for input {list(input.shape)}, "
+            f"got {list(target.shape)}"
+        ),
+    )
+
+
+register("region_cross_entropy", extra=0)
