@@ -4,17 +4,29 @@ from dynplan import (
     _library as _library,
 )  # registers the compiled ops before any op file refers to them
 from dynplan.ops.build_dispatch import Dispatch, build_dispatch
+from dynplan.ops.conditional_encoder_layer import (
+    EncoderLayerWeights,
+    PackedEncoderWeights,
+    conditional_encoder,
+    conditional_encoder_layer,
+    pack_encoder_weights,
+)
 from dynplan.ops.pack import Packed, pack, unpack
 from dynplan.ops.region_cross_entropy import RegionStats, region_cross_entropy, region_cross_entropy_stats
 from dynplan.ops.region_minkowski import MinkowskiAccumulator
 
 __all__ = [
     "Dispatch",
+    "EncoderLayerWeights",
     "MinkowskiAccumulator",
     "Packed",
+    "PackedEncoderWeights",
     "RegionStats",
     "build_dispatch",
+    "conditional_encoder",
+    "conditional_encoder_layer",
     "pack",
+    "pack_encoder_weights",
     "region_cross_entropy",
     "region_cross_entropy_stats",
     "unpack",

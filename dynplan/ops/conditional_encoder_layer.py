@@ -1,0 +1,256 @@
+"""Encoder layers that run on the active rows of a packed batch and leave every other row as it is.
+
+Two ways through, one result:
+
+- Inference: one C++ call for a layer, or for the whole planned encoder, on weights packed once
+  (``PackedEncoderWeights``).
+- Training: a composition of PyTorch operations over the active rows, so that autograd, dropout,
+  autocast and double precision work. Taken when a gradient is wanted, when ``dropout``,
+  ``attention_dropout`` or ``gates`` are given, and for float64 rows.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynplan.ops.build_dispatch import Dispatch
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class EncoderLayerWeights(NamedTuple):
+    """Weights of one post-norm encoder layer, width H, feed-forward width I, as ``nn.Linear`` keeps them."""
+
+    qkv_weight: Tensor  # (3H, H): query, key, value one under the other
+    qkv_bias: Tensor  # (3H,)
+    output_weight: Tensor  # (H, H)
+    output_bias: Tensor  # (H,)
+    norm1_weight: Tensor  # (H,)
+    norm1_bias: Tensor  # (H,)
+    up_weight: Tensor  # (I, H)
+    up_bias: Tensor  # (I,)
+    down_weight: Tensor  # (H, I)
+    down_bias: Tensor  # (H,)
+    norm2_weight: Tensor  # (H,)
+    norm2_bias: Tensor  # (H,)
+
+
+class PackedEncoderWeights:
+    """One layer's weights in the layout of the kernels, packed again whenever a parameter changed.
+
+    A change shows in a tensor's identity, its storage or its version counter, so optimizer steps,
+    ``load_state_dict`` and ``Module.to`` are noticed. PyTorch keeps no record of a write through
+    ``parameter.data`` or into an inference tensor: call :meth:`invalidate` after one.
+    """
+
+    def __init__(self) -> None:
+        self._packed: tuple | None = None
+
+    def get(self, sources: Sequence[Tensor], weights: Callable[[], EncoderLayerWeights]) -> Tensor:
+        """Packed form of ``weights()``, which is called only when one of ``sources`` changed.
+
+        Args:
+            sources: the parameters the weights are made from: those of the layer, in a fixed order.
+            weights: gathers them, for example by concatenating query, key and value.
+        """
+        version = tuple((s.data_ptr(), 0 if s.is_inference() else s._version) for s in sources)
+        packed = self._packed  # one read and one write of the whole state: safe with several threads
+        if (
+            packed is None
+            or packed[0] != version
+            or any(a is not b for a, b in zip(packed[1], sources, strict=True))
+        ):
+            packed = (version, tuple(sources), pack_encoder_weights(weights()))
+            self._packed = packed
+        return packed[2]
+
+    def invalidate(self) -> None:
+        """Pack again at the next call."""
+        self._packed = None
+
+
+def pack_encoder_weights(weights: EncoderLayerWeights) -> Tensor:
+    """Copy one layer's weights into the layout the kernels read: columns in panels, one blob.
+
+    Args:
+        weights: tensors of one dtype (float32 or bfloat16) on one device; shapes in
+            :class:`EncoderLayerWeights`. The result does not share memory with them.
+
+    Returns:
+        uint8 (bytes,), opaque; holds float32 whatever the weights' dtype. It depends on no CPU
+        feature, so it may be made on one machine and used on another of the same byte order.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit together.
+    """
+    return torch.cat([w.detach().float().flatten() for w in weights]).view(torch.uint8)
+
+
+def _unpack_weights(packed: Tensor, hidden: Tensor) -> EncoderLayerWeights:
+    flat, h = packed.view(torch.float32).to(hidden.dtype), hidden.shape[1]
+    i = (flat.numel() - 4 * h * h - 9 * h) // (2 * h + 1)
+    shapes = [(3 * h, h), (3 * h,), (h, h), (h,), (h,), (h,), (i, h), (i,), (h, i), (h,), (h,), (h,)]
+    parts = flat.split([math.prod(shape) for shape in shapes])
+    return EncoderLayerWeights(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+def conditional_encoder_layer(
+    hidden: Tensor,
+    dispatch: Dispatch,
+    weights: EncoderLayerWeights,
+    num_heads: int,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    *,
+    packed_weights: Tensor | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    gates: Tensor | None = None,
+) -> Tensor:
+    """One post-norm encoder layer on the active rows; every other row passes bit for bit.
+
+    ``x1 = LayerNorm(x + Wo attention(x) + bo)``, ``x2 = LayerNorm(x1 + W2 act(W1 x1 + b1) + b2)``
+    (Vaswani et al. 2017, section 3.1, in BERT's order). Attention is inside each sequence. Work is
+    proportional to the active rows; a layer that no sample takes costs nothing.
+
+    Args:
+        hidden: (T, H) float32, bfloat16 or float64, the packed rows of the batch.
+        dispatch: of ``build_dispatch`` for one layer: ``rows`` int32 (T,), ``cu_seqlens`` int32 (B+1,),
+            ``counts`` int32 (2,).
+        weights: the layer's weights. May be None with ``packed_weights`` in inference.
+        num_heads: attention heads; divides H.
+        activation: "gelu" (exact), "gelu_new" or "gelu_pytorch_tanh" (tanh form), "relu", "silu".
+        eps: of both layer norms.
+        packed_weights: ``pack_encoder_weights(weights)``, used by the inference path; packed on
+            the spot when absent, which costs about as much as the layer on 30 rows.
+        dropout: probability on both residual branches (training; at inference pass 0).
+        attention_dropout: probability on the attention weights.
+        gates: (T,) floating, one per packed row, for training planners: active rows become
+            ``g * layer(x) + (1 - g) * x``, with the gradient of ``g``. Rows that the dispatch bypasses
+            ignore their gate.
+
+    Returns:
+        (T, H), dtype of ``hidden``. Bypassed rows hold the bits, and pass the gradient, of ``hidden``.
+        The same sample gives the same bits whatever else is in the batch and however many threads run.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, value, device or dtype is wrong; the text names it.
+    """
+    _check("conditional_encoder_layer", hidden, num_heads, activation)
+    if weights is None:
+        weights = _unpack_weights(packed_weights, hidden)
+    return _compose_layer(
+        hidden, dispatch, weights, num_heads, activation, eps, dropout, attention_dropout, gates
+    )
+
+
+def conditional_encoder(
+    hidden: Tensor,
+    dispatch: Dispatch,
+    weights: Sequence[EncoderLayerWeights] | None,
+    num_heads: int,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    *,
+    packed_weights: Sequence[Tensor] | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    gates: Tensor | None = None,
+) -> Tensor:
+    """A whole planned encoder in one call: L times :func:`conditional_encoder_layer`, plan known up front.
+
+    Args:
+        hidden: (T, H), as for one layer.
+        dispatch: of ``build_dispatch`` for all layers: ``rows`` int32 (L, T), ``cu_seqlens`` int32
+            (L, B+1), ``counts`` int32 (L, 2).
+        weights: L layers' weights; may be None with ``packed_weights`` in inference.
+        packed_weights: L packed blobs, one per layer.
+        gates: (L, T) floating, one per layer and packed row.
+        num_heads, activation, eps, dropout, attention_dropout: as for one layer.
+
+    Returns:
+        (T, H), dtype of ``hidden``.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, value, device or dtype is wrong; the text names it.
+    """
+    _check("conditional_encoder", hidden, num_heads, activation)
+    if weights is None:
+        weights = [_unpack_weights(packed, hidden) for packed in packed_weights]
+    for layer, layer_weights in enumerate(weights):
+        hidden = _compose_layer(
+            hidden,
+            dispatch.layer(layer),
+            layer_weights,
+            num_heads,
+            activation,
+            eps,
+            dropout,
+            attention_dropout,
+            None if gates is None else gates[layer],
+        )
+    return hidden
+
+
+def _check(op: str, hidden: Tensor, num_heads: int, activation: str) -> None:
+    torch._check_value(
+        hidden.dim() == 2,
+        lambda: f"{op}: expected hidden to have shape (T, H), got {list(hidden.shape)}",
+    )
+    torch._check_value(
+        num_heads > 0 and hidden.shape[1] % num_heads == 0,
+        lambda: f"{op}: expected num_heads to divide the width {hidden.shape[1]}, got {num_heads}",
+    )
+    torch._check_value(
+        activation in ACTIVATIONS,
+        lambda: f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation}",
+    )
+
+
+def _compose_layer(
+    hidden, dispatch, weights, num_heads, activation, eps, dropout, attention_dropout, gates
+) -> Tensor:
+    """The layer from PyTorch operations on the active rows, differentiable in everything floating."""
+    sequences, active = dispatch.counts.tolist()
+    if active == 0:
+        return hidden
+    width = hidden.shape[1]
+    rows = dispatch.rows[:active].long()
+    x = hidden.index_select(0, rows)
+
+    qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias)
+    context = _attend(qkv, dispatch.cu_seqlens[: sequences + 1], num_heads, attention_dropout)
+    branch = F.linear(context, weights.output_weight, weights.output_bias)
+    y = x + F.dropout(branch, dropout)
+    y = F.layer_norm(y, (width,), weights.norm1_weight, weights.norm1_bias, eps)
+    up = ACTIVATIONS[activation](F.linear(y, weights.up_weight, weights.up_bias))
+    branch = F.linear(up, weights.down_weight, weights.down_bias)
+    y = F.layer_norm(y + F.dropout(branch, dropout), (width,), weights.norm2_weight, weights.norm2_bias, eps)
+
+    if gates is not None:
+        gate = gates.index_select(0, rows).unsqueeze(1)
+        y = gate * y + (1 - gate) * x
+    return hidden.index_copy(0, rows, y.to(hidden.dtype))
+
+
+def _attend(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, dropout: float) -> Tensor:
+    """Attention of the packed rows (N, 3H), padded to the longest active sequence for one SDPA call."""
+    lengths = cu_seqlens.diff()
+    lengths = lengths[lengths > 0]  # a sequence without rows would be a softmax over nothing
+    samples, longest = lengths.numel(), int(lengths.max())
+    mask = torch.arange(longest, device=qkv.device) < lengths.unsqueeze(1)
+    slots = mask.flatten().nonzero().squeeze(1)
+    padded = qkv.new_zeros(samples * longest, qkv.shape[1]).index_copy(0, slots, qkv)
+    q, k, v = padded.view(samples, longest, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)
+    return context.transpose(1, 2).reshape(samples * longest, -1).index_select(0, slots)
