@@ -41,4 +41,19 @@ def load() -> None:
         ) from error
 
 
+def find_op(name: str) -> torch._ops.OpOverload:
+    """The compiled op ``dynplan::<name>``, bound once by the file that wraps it.
+
+    Raises:
+        ImportError: the loaded extension lacks it: it was built from older sources.
+    """
+    try:
+        return getattr(torch.ops.dynplan, name).default
+    except AttributeError:
+        raise ImportError(
+            f"dynplan: the op {name} is missing from the extension, which was built from older sources\n"
+            f"  run: {REBUILD}"
+        ) from None
+
+
 load()

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_build_dispatch = torch.ops.dynplan.build_dispatch.default
+from dynplan._library import find_op
+
+_build_dispatch = find_op("build_dispatch")
 
 
 class Dispatch(NamedTuple):

@@ -5,9 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_pack = torch.ops.dynplan.pack.default
-_unpack = torch.ops.dynplan.unpack.default
-_unpack_backward = torch.ops.dynplan._unpack_backward.default
+from dynplan._library import find_op
+
+_pack = find_op("pack")
+_unpack = find_op("unpack")
+_unpack_backward = find_op("_unpack_backward")
 
 
 class Packed(NamedTuple):
