@@ -1,6 +1,26 @@
 """dynplan: fused per-sample layer dispatch for BERT-family encoders, and a fused region loss."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from dynplan import _library, ops
 
+if TYPE_CHECKING:
+    from dynplan.integrations.checkpoint import from_pretrained
+    from dynplan.integrations.transformers import swap, unswap
+
 __version__ = _library.build_info()["version"]
-__all__ = ["ops"]
+__all__ = ["from_pretrained", "ops", "swap", "unswap"]
+
+# Loaded on first use: transformers takes longer to import than all of dynplan.
+_LAZY = {
+    "from_pretrained": "dynplan.integrations.checkpoint",
+    "swap": "dynplan.integrations.transformers",
+    "unswap": "dynplan.integrations.transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'dynplan' has no attribute {name!r}")

@@ -1,0 +1,101 @@
+"""The controller: what ``model.dynplan`` is."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+from dynplan.integrations.encoder import EncoderRun, Gates, PlannedEncoder
+from dynplan.policies import PlanRequest, Policy, check_budget
+
+
+class Controller:
+    """Steers a swapped model between its forwards.
+
+    It is a plain object, so neither it nor a planner it holds appears in the model's modules, parameters or
+    ``state_dict``; deep copies and pickles of the model carry it along.
+
+    Args:
+        layers: the encoder's layers.
+        policy: decides the plans.
+    """
+
+    def __init__(self, layers: nn.ModuleList, policy: Policy) -> None:
+        self._encoder = PlannedEncoder(layers)
+        self._budget: float | None = None
+        self._latest: Tensor | None = None
+        self._local = threading.local()
+        self.policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """What decides the plan; may be set between forwards."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(
+                f"dynplan: expected policy to be a dynplan.policies.Policy, got {type(policy).__name__}"
+            )
+        self._policy = policy
+
+    @property
+    def budget(self) -> float | None:
+        """Share of layer work that each next batch may spend, 0..1; None: the policy's own budget."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: float | None) -> None:
+        self._budget = None if budget is None else check_budget("dynplan", budget)
+
+    @property
+    def planner(self) -> nn.Module | None:
+        """The policy's planner, if it has one."""
+        return getattr(self._policy, "planner", None)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._encoder.layers)
+
+    @property
+    def last_plan(self) -> Tensor | None:
+        """bool ``(B, L)`` of this thread's last forward; a thread that ran none sees the latest of any."""
+        return getattr(self._local, "plan", self._latest)
+
+    @property
+    def gates(self) -> Gates | None:
+        """Gates for this thread's next forward, which uses them up.
+
+        A float tensor ``(B, L)``; or a function of the :class:`~dynplan.policies.PlanRequest` that gives one;
+        or a function with an attribute ``stepwise = True``, called as ``gates(layer, request, hidden)``
+        before each layer, that gives ``(B,)``. Each sample's state becomes ``g * layer(h) + (1 - g) * h``.
+        Where a gate has a gradient every sample is computed, since the gradient compares both; otherwise
+        samples whose gate is zero are bypassed. Gates stand in place of the policy and of the budget.
+        """
+        return getattr(self._local, "gates", None)
+
+    @gates.setter
+    def gates(self, gates: Gates | None) -> None:
+        self._local.gates = gates
+
+    def run(self, request: PlanRequest, collect: bool = False) -> EncoderRun:
+        """Run the encoder on a batch; the swapped forward calls this."""
+        gates = self.gates
+        self._local.gates = None
+        request.budget = self._budget
+        result = self._encoder.run(request, self._policy, gates, collect)
+        self._local.plan = self._latest = result.plan
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self._encoder.layers, "policy": self._policy, "budget": self._budget}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layers"], state["policy"])
+        self._budget = state["budget"]
+
+    def __repr__(self) -> str:
+        return f"Controller(policy={self._policy!r}, budget={self._budget}, num_layers={self.num_layers})"

@@ -1,0 +1,232 @@
+"""The planned encoder: a stack of Hugging Face layers run on packed rows, each sample along its own path.
+
+Two ways through, one meaning. Without gradients the ops do the work. With gradients or dropout the layers'
+own submodules are called on the packed active rows, so that whatever hangs on them (adapters, hooks, dropout)
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynplan.policies import PlanRequest, Policy
+
+Gates = Tensor | Callable[..., Tensor]
+
+
+@dataclass(slots=True)
+class EncoderRun:
+    """What one forward left behind.
+
+    Attributes:
+        hidden: packed states after the last layer, ``(T, H)``.
+        plan: bool ``(B, L)``, what was done.
+        states: packed states before each layer and after the last, where they were asked for.
+    """
+
+    hidden: Tensor
+    plan: Tensor
+    states: list[Tensor] | None
+
+
+class PlannedEncoder:
+    """Runs ``layers`` under a policy.
+
+    Args:
+        layers: post-norm encoder layers with Hugging Face BERT's submodules.
+    """
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.layers = layers
+
+    def run(self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool) -> EncoderRun:
+        """Run the whole stack on ``request.hidden``.
+
+        Args:
+            request: the batch.
+            policy: decides the plan, unless ``gates`` do.
+            gates: see :attr:`Controller.gates <dynplan.integrations.controller.Controller.gates>`.
+            collect: keep the states between layers.
+        """
+        return self._run_eager(request, policy, gates, collect)
+
+    def _run_eager(
+        self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool
+    ) -> EncoderRun:
+        hidden = request.hidden
+        shape = (request.batch_size, request.num_layers)
+        decide = _Decisions(request, policy, gates)
+        rows = _Rows(request)
+        plan = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
+        states = [hidden] if collect else None
+        for index, layer in enumerate(self.layers):
+            keep, gate = decide(index, hidden, plan)
+            plan[:, index] = keep
+            # A gate with a gradient needs to know what the layer would have done to the samples it closes.
+            take = torch.ones_like(keep) if gate is not None and gate.requires_grad else keep
+            hidden = _bypass(partial(_layer_rows, layer), hidden, rows, take, gate)
+            if collect:
+                states.append(hidden)
+        return EncoderRun(hidden, plan, states)
+
+
+class _Decisions:
+    """Who is kept by a layer, and with which gate, wherever the decision comes from."""
+
+    def __init__(self, request: PlanRequest, policy: Policy, gates: Gates | None) -> None:
+        self.request = request
+        self.policy = policy
+        self.stepwise = None
+        self.gates = None
+        self.plan = None
+        if gates is None:
+            if not policy.stepwise:
+                self.plan = plan_upfront(policy, request)
+        elif callable(gates) and getattr(gates, "stepwise", False):
+            self.stepwise = gates
+        else:
+            self.gates = check_gates(gates(request) if callable(gates) else gates, request)
+
+    def __call__(self, layer: int, hidden: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.plan is not None:
+            return self.plan[:, layer], None
+        if self.gates is not None:
+            gate = self.gates[:, layer]
+        elif self.stepwise is not None:
+            gate = check_gates(self.stepwise(layer, self.request, hidden), self.request, steps=True)
+        else:
+            return keep_stepwise(self.policy, layer, self.request, hidden, plan), None
+        # Rounded for last_plan; what is computed is every sample whose gate is open at all.
+        return gate.detach() != 0, gate
+
+
+def plan_upfront(policy: Policy, request: PlanRequest) -> Tensor:
+    """The policy's plan, checked."""
+    _check_budget_is_heard(policy, request)
+    with torch.no_grad():
+        plan = policy.plan(request)
+    _check_decision(policy, "plan", plan, (request.batch_size, request.num_layers), request.device)
+    return plan
+
+
+def keep_stepwise(policy: Policy, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> Tensor:
+    """The policy's decision for one layer, checked."""
+    if layer == 0:
+        _check_budget_is_heard(policy, request)
+    with torch.no_grad():
+        keep = policy.keep(layer, request, hidden, plan)
+    _check_decision(policy, "keep", keep, (request.batch_size,), request.device)
+    return keep
+
+
+def check_gates(gates: Any, request: PlanRequest, steps: bool = False) -> Tensor:
+    """Gates of the batch, checked."""
+    shape = (request.batch_size,) if steps else (request.batch_size, request.num_layers)
+    if not isinstance(gates, Tensor) or not gates.is_floating_point() or gates.shape != shape:
+        got = (
+            f"{gates.dtype} of shape {tuple(gates.shape)}"
+            if isinstance(gates, Tensor)
+            else type(gates).__name__
+        )
+        raise ValueError(f"dynplan: expected gates to be a float tensor of shape {shape}, got {got}")
+    return gates
+
+
+def _check_budget_is_heard(policy: Policy, request: PlanRequest) -> None:
+    if request.budget is not None and request.budget < 1 and not policy.takes_budget:
+        raise ValueError(
+            f"dynplan: expected a policy that takes a budget at budget {request.budget}, "
+            f"got {type(policy).__name__}; set model.dynplan.budget = None or another policy"
+        )
+
+
+def _check_decision(
+    policy: Policy, method: str, value: Any, shape: tuple[int, ...], device: torch.device
+) -> None:
+    expected = f"a bool tensor of shape {shape} on {device}"
+    if (
+        not isinstance(value, Tensor)
+        or value.dtype != torch.bool
+        or value.shape != shape
+        or value.device != device
+    ):
+        got = (
+            f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise ValueError(f"{type(policy).__name__}.{method}: expected {expected}, got {got}")
+
+
+class _Rows:
+    """Where each packed row belongs: its sample and its place within it."""
+
+    def __init__(self, request: PlanRequest) -> None:
+        lengths = request.cu_seqlens.diff().long()
+        samples = torch.arange(request.batch_size, device=request.device)
+        self.lengths = lengths
+        self.longest = int(lengths.max()) if request.batch_size else 0
+        self.sample = samples.repeat_interleave(lengths)
+        self.place = torch.arange(len(self.sample), device=request.device) - request.cu_seqlens[self.sample]
+
+
+def _bypass(
+    layer: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    hidden: Tensor,
+    rows: _Rows,
+    take: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """``layer`` on the rows of the samples in ``take``, mixed by ``gate``; all other rows as they came."""
+    take = take & (rows.lengths > 0)
+    active = take[rows.sample].nonzero().squeeze(1)
+    if not active.numel():
+        return hidden
+    sample = rows.sample[active]
+    slot = (take.cumsum(0) - 1)[sample] * rows.longest + rows.place[active]
+    inside = hidden.index_select(0, active)
+    outside = layer(inside, slot, rows.lengths[take], rows.longest).to(hidden.dtype)
+    if gate is not None:
+        share = gate[sample].unsqueeze(1).to(hidden.dtype)
+        outside = share * outside + (1 - share) * inside
+    return hidden.index_copy(0, active, outside)
+
+
+def _layer_rows(layer: nn.Module, inside: Tensor, slot: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    run = partial(_layer_forward, layer, slot=slot, lengths=lengths, longest=longest)
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return layer._gradient_checkpointing_func(run, inside)
+    return run(inside)
+
+
+def _layer_forward(layer: nn.Module, inside: Tensor, slot: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """One Hugging Face encoder layer on packed rows, by its own submodules.
+
+    Attention alone needs sequences: rows go to ``slot`` of a padded buffer ``(samples * longest)`` and back.
+    """
+    attention = layer.attention.self
+    heads = attention.num_attention_heads
+
+    def spread(rows: Tensor) -> Tensor:
+        padded = rows.new_zeros(len(lengths) * longest, rows.shape[1]).index_copy(0, slot, rows)
+        return padded.view(len(lengths), longest, heads, -1).transpose(1, 2)
+
+    query, key, value = (spread(part(inside)) for part in (attention.query, attention.key, attention.value))
+    tokens = torch.arange(longest, device=inside.device) < lengths.unsqueeze(1)
+    context = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=tokens[:, None, None, :],
+        dropout_p=attention.dropout.p if attention.training else 0.0,
+    )
+    context = context.transpose(1, 2).reshape(len(lengths) * longest, -1).index_select(0, slot)
+    attended = layer.attention.output(context, inside)
+    return layer.output(layer.intermediate(attended), attended)
