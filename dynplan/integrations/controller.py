@@ -18,12 +18,12 @@ class Controller:
     ``state_dict``; deep copies and pickles of the model carry it along.
 
     Args:
-        layers: the encoder's layers.
+        encoder: the layers and their shape.
         policy: decides the plans.
     """
 
-    def __init__(self, layers: nn.ModuleList, policy: Policy) -> None:
-        self._encoder = PlannedEncoder(layers)
+    def __init__(self, encoder: PlannedEncoder, policy: Policy) -> None:
+        self._encoder = encoder
         self._budget: float | None = None
         self._latest: Tensor | None = None
         self._local = threading.local()
@@ -90,11 +90,19 @@ class Controller:
         self._local.plan = self._latest = result.plan
         return result
 
+    def refresh(self) -> None:
+        """Take up the model's weights anew at the next forward.
+
+        Needed only after a write in place through ``parameter.data``, of which PyTorch keeps no record;
+        optimizer steps, ``load_state_dict`` and ``.to()`` are noticed.
+        """
+        self._encoder.refresh()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self._encoder.layers, "policy": self._policy, "budget": self._budget}
+        return {"encoder": self._encoder, "policy": self._policy, "budget": self._budget}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layers"], state["policy"])
+        self.__init__(state["encoder"], state["policy"])
         self._budget = state["budget"]
 
     def __repr__(self) -> str:

@@ -16,9 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynplan.integrations.weights import LayerWeights
+from dynplan.ops.build_dispatch import build_dispatch
+from dynplan.ops.conditional_encoder_layer import conditional_encoder, conditional_encoder_layer
 from dynplan.policies import PlanRequest, Policy
 
 Gates = Tensor | Callable[..., Tensor]
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(slots=True)
@@ -37,14 +42,19 @@ class EncoderRun:
 
 
 class PlannedEncoder:
-    """Runs ``layers`` under a policy.
+    """Runs a stack of layers under a policy.
 
     Args:
         layers: post-norm encoder layers with Hugging Face BERT's submodules.
+        num_heads: attention heads.
+        activation: of the feed-forward, by its Hugging Face name.
+        eps: of both norms.
     """
 
-    def __init__(self, layers: nn.ModuleList) -> None:
+    def __init__(self, layers: nn.ModuleList, num_heads: int, activation: str, eps: float) -> None:
         self.layers = layers
+        self.shape = (num_heads, activation, eps)
+        self._weights: list[LayerWeights] = []
 
     def run(self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool) -> EncoderRun:
         """Run the whole stack on ``request.hidden``.
@@ -55,11 +65,63 @@ class PlannedEncoder:
             gates: see :attr:`Controller.gates <dynplan.integrations.controller.Controller.gates>`.
             collect: keep the states between layers.
         """
+        layers = list(self.layers)
+        if gates is None and request.hidden.dtype in _FUSED_DTYPES and not _learns(layers, request.hidden):
+            packed = self._packed(layers)
+            if None not in packed:
+                return self._run_fused(request, policy, packed, collect)
         return self._run_eager(request, policy, gates, collect)
+
+    def refresh(self) -> None:
+        """Pack the weights again at the next forward, for writes that PyTorch keeps no record of."""
+        self._weights = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed weights are a cache; copies and pickles make their own.
+        return {"layers": self.layers, "shape": self.shape, "_weights": []}
+
+    def _packed(self, layers: list[nn.Module]) -> list[Tensor | None]:
+        weights = self._weights
+        if len(weights) != len(layers) or any(
+            one.layer is not layer for one, layer in zip(weights, layers, strict=True)
+        ):
+            self._weights = weights = [LayerWeights(layer) for layer in layers]
+        return [weight.get() for weight in weights]
+
+    def _run_fused(
+        self, request: PlanRequest, policy: Policy, packed: list[Tensor], collect: bool
+    ) -> EncoderRun:
+        hidden, offsets, capacity = request.hidden, request.cu_seqlens, request.hidden.shape[0]
+        num_heads, activation, eps = self.shape
+        states = [hidden] if collect else None
+        if policy.stepwise:
+            plan = torch.zeros(request.batch_size, request.num_layers, dtype=torch.bool, device=hidden.device)
+        else:
+            plan = plan_upfront(policy, request)
+            dispatch = build_dispatch(plan, offsets, capacity)
+            if not collect:
+                hidden = conditional_encoder(
+                    hidden, dispatch, None, num_heads, activation, eps, packed_weights=packed
+                )
+                return EncoderRun(hidden, plan, None)
+        for index, weights in enumerate(packed):
+            if policy.stepwise:
+                keep = keep_stepwise(policy, index, request, hidden, plan)
+                plan[:, index] = keep
+                step = build_dispatch(keep, offsets, capacity)
+            else:
+                step = dispatch.layer(index)
+            hidden = conditional_encoder_layer(
+                hidden, step, None, num_heads, activation, eps, packed_weights=weights
+            )
+            if collect:
+                states.append(hidden)
+        return EncoderRun(hidden, plan, states)
 
     def _run_eager(
         self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool
     ) -> EncoderRun:
+        self.refresh()  # an optimizer step usually follows, and some write through parameter.data
         hidden = request.hidden
         shape = (request.batch_size, request.num_layers)
         decide = _Decisions(request, policy, gates)
@@ -75,6 +137,15 @@ class PlannedEncoder:
             if collect:
                 states.append(hidden)
         return EncoderRun(hidden, plan, states)
+
+
+def _learns(layers: list[nn.Module], hidden: Tensor) -> bool:
+    """Whether this forward needs gradients or dropout."""
+    if any(layer.training for layer in layers):
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return hidden.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters())
 
 
 class _Decisions:

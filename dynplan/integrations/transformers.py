@@ -12,10 +12,10 @@ from torch import nn
 
 from dynplan.integrations.checkpoint import SwappedSave
 from dynplan.integrations.controller import Controller
+from dynplan.integrations.encoder import PlannedEncoder
 from dynplan.integrations.forward import SwappedForward
+from dynplan.ops.conditional_encoder_layer import ACTIVATIONS
 from dynplan.policies import KeepAll, Policy
-
-ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,11 @@ def swap(model: nn.Module, policy: Policy | None = None) -> nn.Module:
             f"swap: expected {type(encoder).__name__} with its class's forward, got one already patched"
         )
     _check_architecture(encoder)
-    controller = Controller(encoder.encoder.layer, KeepAll() if policy is None else policy)
+    config = encoder.config
+    layers = PlannedEncoder(
+        encoder.encoder.layer, config.num_attention_heads, config.hidden_act, config.layer_norm_eps
+    )
+    controller = Controller(layers, KeepAll() if policy is None else policy)
     reads_first = reads_first or getattr(encoder, "pooler", None) is not None
     encoder.forward = SwappedForward(encoder, controller, reads_first)
     model.dynplan = controller
