@@ -9,7 +9,6 @@ Two ways through, one result:
   ``attention_dropout`` or ``gates`` are given, and for float64 rows.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynplan.ops.build_dispatch import Dispatch
+
+_pack_encoder_weights = torch.ops.dynplan.pack_encoder_weights.default
+_conditional_encoder_layer = torch.ops.dynplan.conditional_encoder_layer.default
+_conditional_encoder = torch.ops.dynplan.conditional_encoder.default
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -93,15 +96,7 @@ def pack_encoder_weights(weights: EncoderLayerWeights) -> Tensor:
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit together.
     """
-    return torch.cat([w.detach().float().flatten() for w in weights]).view(torch.uint8)
-
-
-def _unpack_weights(packed: Tensor, hidden: Tensor) -> EncoderLayerWeights:
-    flat, h = packed.view(torch.float32).to(hidden.dtype), hidden.shape[1]
-    i = (flat.numel() - 4 * h * h - 9 * h) // (2 * h + 1)
-    shapes = [(3 * h, h), (3 * h,), (h, h), (h,), (h,), (h,), (i, h), (i,), (h, i), (h,), (h,), (h,)]
-    parts = flat.split([math.prod(shape) for shape in shapes])
-    return EncoderLayerWeights(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+    return _pack_encoder_weights([w.detach() for w in weights])
 
 
 def conditional_encoder_layer(
@@ -146,12 +141,14 @@ def conditional_encoder_layer(
     Raises:
         ValueError, TypeError: an argument's shape, value, device or dtype is wrong; the text names it.
     """
-    _check("conditional_encoder_layer", hidden, num_heads, activation)
-    if weights is None:
-        weights = _unpack_weights(packed_weights, hidden)
-    return _compose_layer(
-        hidden, dispatch, weights, num_heads, activation, eps, dropout, attention_dropout, gates
-    )
+    if _is_composed(hidden, [weights], dropout, attention_dropout, gates):
+        _check("conditional_encoder_layer", hidden, num_heads, activation)
+        return _compose_layer(
+            hidden, dispatch, weights, num_heads, activation, eps, dropout, attention_dropout, gates
+        )
+    if packed_weights is None:
+        packed_weights = pack_encoder_weights(weights)
+    return _conditional_encoder_layer(hidden, *dispatch, packed_weights, num_heads, activation, eps)
 
 
 def conditional_encoder(
@@ -184,10 +181,13 @@ def conditional_encoder(
     Raises:
         ValueError, TypeError: an argument's shape, value, device or dtype is wrong; the text names it.
     """
+    if not _is_composed(hidden, weights, dropout, attention_dropout, gates):
+        if packed_weights is None:
+            packed_weights = [pack_encoder_weights(layer) for layer in weights]
+        return _conditional_encoder(hidden, *dispatch, packed_weights, num_heads, activation, eps)
     _check("conditional_encoder", hidden, num_heads, activation)
-    if weights is None:
-        weights = [_unpack_weights(packed, hidden) for packed in packed_weights]
     for layer, layer_weights in enumerate(weights):
+        gate = None if gates is None else gates[layer]
         hidden = _compose_layer(
             hidden,
             dispatch.layer(layer),
@@ -197,9 +197,17 @@ def conditional_encoder(
             eps,
             dropout,
             attention_dropout,
-            None if gates is None else gates[layer],
+            gate,
         )
     return hidden
+
+
+def _is_composed(hidden, weights, dropout, attention_dropout, gates) -> bool:
+    if dropout > 0 or attention_dropout > 0 or gates is not None or hidden.dtype == torch.float64:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return hidden.requires_grad or any(w.requires_grad for layer in weights or () for w in layer or ())
 
 
 def _check(op: str, hidden: Tensor, num_heads: int, activation: str) -> None:
@@ -254,3 +262,30 @@ def _attend(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, dropout: float) -> 
     q, k, v = padded.view(samples, longest, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)
     return context.transpose(1, 2).reshape(samples * longest, -1).index_select(0, slots)
+
+
+@torch.library.register_fake("dynplan::pack_encoder_weights")
+def _pack_encoder_weights_fake(weights: list[Tensor]) -> Tensor:
+    def padded(size):
+        return (size + 15) // 16 * 16
+
+    # kernels/encoder/packed_weights.h: a header of 64 bytes, then panels of 16 columns
+    h, i = weights[2].shape[0], weights[6].shape[0]
+    floats = (padded(3 * h) + padded(h) + padded(i)) * (h + 1) + padded(h) * (i + 5)
+    return weights[0].new_empty((64 + 4 * floats,), dtype=torch.uint8)
+
+
+@torch.library.register_fake("dynplan::conditional_encoder_layer")
+def _conditional_encoder_layer_fake(
+    hidden, rows, cu_seqlens, counts, packed_weights, num_heads, activation, eps
+) -> Tensor:
+    _check("conditional_encoder_layer", hidden, num_heads, activation)
+    return hidden.new_empty(hidden.shape)
+
+
+@torch.library.register_fake("dynplan::conditional_encoder")
+def _conditional_encoder_fake(
+    hidden, rows, cu_seqlens, counts, packed_weights, num_heads, activation, eps
+) -> Tensor:
+    _check("conditional_encoder", hidden, num_heads, activation)
+    return hidden.new_empty(hidden.shape)

@@ -84,14 +84,14 @@ def test_equals_reference(lengths, heads, head_width, intermediate, layers, acti
 
 
 def test_gradients():
-    hidden, _, dispatch, weights = draw_inputs([3, 0, 2, 4], 6, 5, 2, 0, dtype=torch.float64)
+    hidden, _, dispatch, weights = draw_inputs([2, 0, 1, 3], 4, 3, 2, 0, dtype=torch.float64)
     inputs = [hidden, *weights[0], *weights[1], torch.rand(2, len(hidden), dtype=torch.float64)]
 
     def run(hidden, *tensors):
         layers = [EncoderLayerWeights(*tensors[:12]), EncoderLayerWeights(*tensors[12:24])]
         return conditional_encoder(hidden, dispatch, layers, 2, gates=tensors[24])
 
-    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs])
+    assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
 
 
 def test_bypassed_rows_pass_the_gradient_through():

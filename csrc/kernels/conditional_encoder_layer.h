@@ -1,0 +1,89 @@
+// Post-norm encoder layers on the active rows of a packed batch, in place, on the CPU.
+//
+//   x1 = LayerNorm(x + Wo attention(x) + bo)
+//   x2 = LayerNorm(x1 + W2 act(W1 x1 + b1) + b2)
+//
+// Layer l runs on rows[l, 0 .. active); attention stays inside the sequences of cu_seqlens[l]. Rows that are
+// not listed are neither read nor written.
+//
+// Each output element is summed by one thread over its inner dimension in ascending order, whatever the
+// blocking: same sample, same bits, for any batch around it and any number of threads.
+//
+// The work of a layer, in three parallel ranges when rows abound (encoder/layer.h): QKV over row tiles,
+// attention over (sequence, head) pairs cut by cost, and everything after it over row tiles again, block by
+// block in cache.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu_isa.h"
+#include "kernels/encoder/packed_weights.h"
+#include "kernels/parallel.h"
+
+namespace dynplan::kernels {
+
+enum class Activation { gelu, gelu_tanh, relu, silu };
+
+// How hidden states are stored. Arithmetic is float32 either way.
+enum class RowType { float32, bfloat16 };
+
+struct ConditionalEncoderParams {
+  void* hidden;  // (T, H) of row_type, dense, updated in place
+  RowType row_type;
+  const int32_t* rows;        // (L, T), the first counts[l, 1] of each layer distinct and in [0, T)
+  const int32_t* cu_seqlens;  // (L, B + 1)
+  const int32_t* counts;      // (L, 2): active sequences, active rows
+  const void* const* packed;  // (L), blobs of pack_encoder_weights
+  int64_t layers;             // L
+  int64_t capacity;           // T
+  int64_t samples;            // B
+  int64_t hidden_size;        // H
+  int64_t intermediate_size;  // I
+  int64_t heads;              // divides H
+  Activation activation;
+  float eps;
+  float* workspace;  // encoder_workspace_floats() of them, aligned to 64 bytes
+};
+
+// At most this many active rows are shared out by columns of the weights, more by rows (encoder/layer.h).
+constexpr int64_t kFewRows = 64;
+
+// Floats from one row of an internal buffer to the next. The odd line keeps the rows of a tile in different
+// cache sets where the width is a power of two.
+constexpr int64_t buffer_step(int64_t width) {
+  return round_up(width, kPanel) + kPanel;
+}
+
+// Floats of workspace for at most `active` rows in any layer.
+constexpr int64_t encoder_workspace_floats(int64_t active, int64_t hidden_size, int64_t intermediate_size) {
+  const int64_t few = active < kFewRows ? active : kFewRows;
+  return active * buffer_step(3 * hidden_size) +
+         few * (2 * buffer_step(hidden_size) + buffer_step(intermediate_size));
+}
+
+namespace baseline {
+void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
+}
+namespace avx512 {
+void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
+}
+#endif
+
+inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel) {
+  switch (cpu_isa()) {
+#if defined(__x86_64__)
+    case CpuIsa::avx512:
+      return avx512::conditional_encoder(p, parallel);
+    case CpuIsa::avx2:
+      return avx2::conditional_encoder(p, parallel);
+#endif
+    default:
+      return baseline::conditional_encoder(p, parallel);
+  }
+}
+
+}  // namespace dynplan::kernels

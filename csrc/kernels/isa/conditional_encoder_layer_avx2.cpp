@@ -1,0 +1,16 @@
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "kernels/conditional_encoder_layer.h"
+#include "kernels/encoder/scratch.h"
+
+// After every header that other files share: their inline functions must run on any CPU.
+#pragma GCC target("avx2,fma")
+#define DYNPLAN_ISA avx2
+#define DYNPLAN_VECTOR_BYTES 32
+#include "kernels/encoder/layer.h"
+#endif

@@ -1,0 +1,16 @@
+#if defined(__x86_64__)
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "kernels/conditional_encoder_layer.h"
+#include "kernels/encoder/scratch.h"
+
+// After every header that other files share: their inline functions must run on any CPU.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define DYNPLAN_ISA avx512
+#define DYNPLAN_VECTOR_BYTES 64
+#include "kernels/encoder/layer.h"
+#endif

@@ -1,0 +1,12 @@
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "kernels/conditional_encoder_layer.h"
+#include "kernels/encoder/scratch.h"
+
+#define DYNPLAN_ISA baseline
+#define DYNPLAN_VECTOR_BYTES 16
+#include "kernels/encoder/layer.h"

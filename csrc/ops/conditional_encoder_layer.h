@@ -1,0 +1,40 @@
+// Contract of dynplan::conditional_encoder_layer, dynplan::conditional_encoder and
+// dynplan::pack_encoder_weights.
+//
+//   pack_encoder_weights(weights: 12 tensors of one floating dtype, in the order
+//       qkv (3H, H) (3H,), output (H, H) (H,), norm1 (H,) (H,), up (I, H) (I,), down (H, I) (H,), norm2 (H,)
+//       (H,))
+//     -> uint8 (bytes,), opaque: the layout of the device's kernels (CPU: kernels/encoder/packed_weights.h)
+//   conditional_encoder_layer(hidden (T, H), rows int32 (T,), cu_seqlens int32 (B+1,), counts int32 (2,),
+//       packed_weights, num_heads, activation, eps) -> (T, H)
+//   conditional_encoder(hidden (T, H), rows int32 (L, T), cu_seqlens int32 (L, B+1), counts int32 (L, 2),
+//       packed_weights[L], num_heads, activation, eps) -> (T, H)
+//
+// rows, cu_seqlens, counts: the dispatch of build_dispatch. activation: gelu, gelu_new, gelu_pytorch_tanh,
+// relu, silu. Rows outside the dispatch come out bit for bit. No autograd:
+// dynplan/ops/conditional_encoder_layer.py composes the differentiable path from PyTorch operations.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+#include "kernels/conditional_encoder_layer.h"
+
+namespace dynplan {
+
+struct EncoderSizes {
+  int64_t hidden, intermediate;
+};
+
+// Checks shapes, dtypes and devices; the CPU and the CUDA kernels take float32 and bfloat16.
+EncoderSizes check_pack_encoder_weights(at::TensorList weights);
+
+// One layer (rows.dim() == 1) or all (2); `op` is the name errors carry.
+void check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
+                               const at::Tensor& cu_seqlens, const at::Tensor& counts,
+                               at::TensorList packed_weights, int64_t num_heads);
+
+kernels::Activation parse_activation(const char* op, std::string_view activation);
+
+}  // namespace dynplan
