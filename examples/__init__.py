@@ -1,0 +1,1 @@
+"""Whole programs that use dynplan, each in a folder of its own."""

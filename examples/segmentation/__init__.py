@@ -1,0 +1,1 @@
+"""Semantic segmentation with plain cross-entropy and with dynplan's region loss, at equal settings."""
