@@ -25,7 +25,7 @@ class SegmentationNet(nn.Module):
         widths: channels of the encoder's stages, finest first.
     """
 
-    def __init__(self, classes: int, widths: tuple[int, ...] = (16, 32, 64, 96, 128)):
+    def __init__(self, classes: int, widths: tuple[int, ...] = (16, 32, 48, 64, 96)):
         super().__init__()
         self.encoder = nn.ModuleList()
         previous = 3

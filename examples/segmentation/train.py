@@ -43,7 +43,7 @@ class Settings(NamedTuple):
     learning_rate: float = 3e-3
     weight_decay: float = 1e-4
     epochs: int = 12
-    batch_size: int = 8
+    batch_size: int = 4
     crop: tuple[int, int] = (96, 128)
     evaluate_every: int = 3
 
@@ -75,7 +75,7 @@ def fit(
     model = SegmentationNet(len(classes.names)).to(memory_format=torch.channels_last)
     criterion = loss.build(classes.ignore_id)
     optimizer = torch.optim.AdamW(
-        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True
     )
     batches = len(train.images) // settings.batch_size
     if batches == 0:
