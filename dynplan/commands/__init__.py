@@ -1,0 +1,1 @@
+"""One module per command of ``dynplan``; :mod:`dynplan.cli` puts them together."""

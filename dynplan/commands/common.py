@@ -1,0 +1,84 @@
+"""What several commands share."""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+import dynplan
+from dynplan.training import (
+    InputError,
+    Row,
+    encode_rows,
+    evaluate,
+    load_run,
+    plain_model,
+    planner_plans,
+    rich_table,
+    verdict,
+    write_report,
+)
+
+
+def parse_budgets(text: str) -> tuple[float, ...]:
+    """``"0.75,0.5"`` as numbers; raises InputError for anything outside 0..1."""
+    budgets = []
+    for part in text.split(","):
+        try:
+            budget = float(part)
+        except ValueError:
+            budget = -1.0
+        if not 0 < budget <= 1:
+            raise InputError(f"budgets: expected numbers within 0..1, comma-separated, got {part.strip()!r}")
+        budgets.append(budget)
+    return tuple(budgets)
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def evaluate_folder(
+    folder: Path,
+    rows: list[dict],
+    title: str,
+    budgets: tuple[float, ...],
+    *,
+    seconds: float,
+    beside: Path | None = None,
+    report: Path | None = None,
+    max_length: int | None = None,
+    intro: str = "",
+) -> list[Row]:
+    """Evaluate a folder that ``finetune`` wrote, print table and verdict, write the report if asked."""
+    task, recipe, static = load_run(folder)
+    try:
+        model = dynplan.from_pretrained(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"checkpoint: {error}") from error
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dataset = encode_rows(rows, task, tokenizer, max_length or recipe["max_length"])
+    results = evaluate(
+        model,
+        plain_model(beside or folder),
+        static,
+        dataset,
+        task,
+        tokenizer,
+        budgets,
+        batch_sizes=(1, 32) if seconds else (),
+        seconds=seconds,
+    )
+    console = Console()
+    console.print(rich_table(task, results, title))
+    for sentence in verdict(task, results, len(dataset)):
+        console.print(sentence, highlight=False)
+    if report is not None:
+        plans, lengths = planner_plans(model, dataset, tokenizer, task, [b for b in budgets if b < 1])
+        place = write_report(
+            report, title, intro, task, results, len(dataset), plans, lengths, {"recipe": recipe}
+        )
+        console.print(f"report: {place}", highlight=False, soft_wrap=True)
+    return results

@@ -1,0 +1,44 @@
+"""``dynplan evaluate``: score, share of compute and measured latency per budget."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "evaluate"
+
+
+def command(
+    model: Annotated[Path, typer.Option(help="Folder that `dynplan finetune` wrote.")],
+    evaluation: Annotated[Path, typer.Option("--eval", help="Rows to score: JSON lines, .gz allowed.")],
+    budgets: Annotated[str, typer.Option(help="Budgets, comma-separated, within 0..1.")] = "1.0,0.75,0.5",
+    beside: Annotated[
+        Path | None,
+        typer.Option(help="Another model to stand as the unmodified one [default: the same weights]."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.md, pictures and results.json.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time spent on measuring latency.")] = 40.0,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens [default: as in training].")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Processor threads [default: torch's choice].")
+    ] = None,
+) -> None:
+    """Compare planner, random path and best fixed subset at every budget with the unmodified model."""
+    from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
+    from dynplan.training import check_output, read_rows
+
+    set_threads(threads)
+    if report is not None:
+        check_output(report)
+    evaluate_folder(
+        model,
+        read_rows(evaluation),
+        f"{model.name} on {evaluation.name}",
+        parse_budgets(budgets),
+        seconds=seconds,
+        beside=beside,
+        report=report,
+        max_length=max_length,
+    )

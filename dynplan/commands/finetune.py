@@ -1,0 +1,77 @@
+"""``dynplan finetune``: plain, robust, static and planner stages on JSON lines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAME = "finetune"
+
+
+def command(
+    model: Annotated[
+        Path, typer.Option(help="Folder of a Hugging Face BERT-family model with its tokenizer.")
+    ],
+    train: Annotated[
+        Path, typer.Option(help="Training rows: JSON lines, .gz allowed; sentence1, sentence2?, label.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the model, its planner, logs and checkpoints.")],
+    evaluation: Annotated[Path | None, typer.Option("--eval", help="Rows to score the result on.")] = None,
+    task: Annotated[
+        str, typer.Option(help="auto, classification, regression or a GLUE name (its own figures).")
+    ] = "auto",
+    plain_epochs: Annotated[float, typer.Option(help="Epochs of ordinary fine-tuning first.")] = 0.0,
+    robust_epochs: Annotated[
+        float, typer.Option(help="Epochs with a random path per sample beside the full one.")
+    ] = 3.0,
+    planner_epochs: Annotated[
+        float, typer.Option(help="Epochs of planner learning; 0: best fixed subset only.")
+    ] = 3.0,
+    planner: Annotated[str, typer.Option(help="upfront or stepwise.")] = "upfront",
+    planner_objective: Annotated[
+        str | None, typer.Option(help="gates, reward or values [default: values; gates if stepwise].")
+    ] = None,
+    budgets: Annotated[str, typer.Option(help="Budgets to prepare for, comma-separated.")] = "0.75,0.5",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    learning_rate: Annotated[float, typer.Option()] = 5e-5,
+    robust_learning_rate: Annotated[float | None, typer.Option(help="[default: --learning-rate]")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens; longer rows are cut.")] = 128,
+    planner_rows: Annotated[int, typer.Option(min=1, help="Training rows the planner learns from.")] = 2000,
+    search_rows: Annotated[
+        int, typer.Option(min=1, help="Held-out training rows that fixed subsets are ranked on.")
+    ] = 256,
+    seed: Annotated[int, typer.Option()] = 0,
+    bf16: Annotated[
+        bool, typer.Option(help="Train under bfloat16 autocast: faster where the processor has it.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Processor threads [default: torch's choice].")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --output.")] = False,
+) -> None:
+    """Fine-tune an encoder so that it stands layer bypass, then learn its planner."""
+    from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
+    from dynplan.training import Recipe, finetune, read_rows
+
+    recipe = Recipe(
+        plain_epochs=plain_epochs,
+        robust_epochs=robust_epochs,
+        planner_epochs=planner_epochs,
+        planner=planner,
+        planner_objective=planner_objective,
+        budgets=parse_budgets(budgets),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        robust_learning_rate=robust_learning_rate,
+        max_length=max_length,
+        planner_rows=planner_rows,
+        search_rows=search_rows,
+        seed=seed,
+        bf16=bf16,
+    )
+    set_threads(threads)
+    rows = read_rows(train)
+    held_out = read_rows(evaluation) if evaluation else None
+    finetune(model, rows, output, task, recipe, resume=resume)
+    if held_out and planner_epochs > 0:
+        evaluate_folder(output, held_out, f"{output.name} on {evaluation.name}", recipe.budgets, seconds=0)

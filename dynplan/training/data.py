@@ -1,0 +1,214 @@
+"""Labelled sentences: JSON lines in, token lists out.
+
+One object a line with ``sentence1``, optionally ``sentence2``, and ``label``; a name ending in ``.gz`` is
+read through gzip. The kind of task follows from the labels unless it is named.
+"""
+
+import gzip
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+# GLUE's own names -> (kind, the figure that ranks checkpoints). A plus sign means the mean of two figures, as
+# GLUE itself averages them.
+_TASKS = {
+    "cola": ("classification", "matthews"),
+    "sst2": ("classification", "accuracy"),
+    "mrpc": ("classification", "accuracy+f1"),
+    "qqp": ("classification", "accuracy+f1"),
+    "stsb": ("regression", "pearson+spearman"),
+    "mnli": ("classification", "accuracy"),
+    "qnli": ("classification", "accuracy"),
+    "rte": ("classification", "accuracy"),
+    "classification": ("classification", "accuracy"),
+    "regression": ("regression", "pearson+spearman"),
+}
+TASK_NAMES = ("auto", *_TASKS)
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: a data file, a folder, an option. The message says what was
+    expected.
+    """
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is predicted and which figure ranks the results.
+
+    kind: ``"classification"`` or ``"regression"``; labels: the label values in class order (empty for
+    regression); metric: the ranking figure, two names joined by ``+`` for their mean.
+    """
+
+    name: str
+    kind: str
+    labels: tuple
+    metric: str
+
+    @property
+    def num_labels(self) -> int:
+        return 1 if self.kind == "regression" else len(self.labels)
+
+
+def read_rows(path) -> list[dict]:
+    """Read JSON lines into ``{"sentence1", "sentence2" (or None), "label"}`` dicts.
+
+    Raises InputError, naming file and line, for a missing file, a line that is not a JSON object, a missing
+    or non-string sentence, a missing label, or a file without rows.
+    """
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(_parse_row(line, f"{path}:{number}"))
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a readable file of JSON lines, got {error}") from error
+    if not rows:
+        raise InputError(f"{path}: expected at least one row, got an empty file")
+    return rows
+
+
+def _parse_row(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{place}: expected one JSON object a line, got {error.msg} at column {error.colno}"
+        ) from error
+    if not isinstance(row, dict):
+        raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
+    sentence2 = row.get("sentence2")
+    for key, text in (
+        ("sentence1", row.get("sentence1")),
+        ("sentence2", "" if sentence2 is None else sentence2),
+    ):
+        if not isinstance(text, str):
+            raise InputError(f"{place}: expected {key!r} to be a string, got {type(text).__name__}")
+    label = row.get("label")
+    if isinstance(label, bool) or not isinstance(label, (int, float, str)):
+        raise InputError(f"{place}: expected 'label' to be a number or a string, got {type(label).__name__}")
+    return {"sentence1": row["sentence1"], "sentence2": sentence2, "label": label}
+
+
+def infer_task(rows: list[dict], name: str = "auto") -> Task:
+    """The task that ``rows`` hold. ``auto``: any float label means regression, otherwise classification.
+
+    Raises InputError for an unknown name, and when the labels do not fit the kind.
+    """
+    if name not in TASK_NAMES:
+        raise InputError(f"task: expected one of {', '.join(TASK_NAMES)}, got {name!r}")
+    values = [row["label"] for row in rows]
+    if name == "auto":
+        kind = "regression" if any(isinstance(value, float) for value in values) else "classification"
+        metric = _TASKS[kind][1]
+    else:
+        kind, metric = _TASKS[name]
+    if kind == "regression":
+        strings = [value for value in values if isinstance(value, str)]
+        if strings:
+            raise InputError(f"task {name}: expected numbers as labels, got {strings[0]!r}")
+        return Task(name, kind, (), metric)
+    fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
+    if fractions:
+        raise InputError(f"task {name}: expected whole numbers or strings as labels, got {fractions[0]!r}")
+    labels = tuple(sorted(set(values), key=lambda value: (isinstance(value, str), value)))
+    if len(labels) < 2:
+        raise InputError(f"task {name}: expected at least two different labels, got only {labels[0]!r}")
+    return Task(name, kind, labels, metric)
+
+
+def split_rows(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Split into (rest, held out); the held-out part has ``round(share * len(rows))`` rows drawn with
+    ``seed``.
+    """
+    held = set(random.Random(seed).sample(range(len(rows)), round(share * len(rows))))
+    return (
+        [row for i, row in enumerate(rows) if i not in held],
+        [row for i, row in enumerate(rows) if i in held],
+    )
+
+
+class EncodedDataset(Dataset):
+    """Token lists and labels, ready for a padding collator. ``lengths``: tokens of each row."""
+
+    def __init__(self, items: list[dict]):
+        self.items = items
+        self.lengths = [len(item["input_ids"]) for item in items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
+
+    def sample(self, count: int, seed: int) -> "EncodedDataset":
+        """At most ``count`` rows drawn with ``seed``, in their old order."""
+        chosen = random.Random(seed).sample(range(len(self)), min(count, len(self)))
+        return EncodedDataset([self.items[i] for i in sorted(chosen)])
+
+
+def encode_rows(rows: list[dict], task: Task, tokenizer, max_length: int) -> EncodedDataset:
+    """Tokenize ``rows``, cut to ``max_length`` tokens; raises InputError for a label not the task's."""
+    second = [row["sentence2"] for row in rows]
+    paired = sum(text is not None for text in second)
+    if paired not in (0, len(rows)):
+        raise InputError(
+            f"expected 'sentence2' in every row or in none, got it in {paired} of {len(rows)} rows"
+        )
+    encoded = tokenizer(
+        [row["sentence1"] for row in rows], second if paired else None, truncation=True, max_length=max_length
+    )
+    labels = _encode_labels(rows, task)
+    return EncodedDataset(
+        [{**{key: encoded[key][i] for key in encoded}, "labels": labels[i]} for i in range(len(rows))]
+    )
+
+
+def _encode_labels(rows: list[dict], task: Task) -> list:
+    if task.kind == "regression":
+        return [float(row["label"]) for row in rows]
+    classes = {label: i for i, label in enumerate(task.labels)}
+    for row in rows:
+        if row["label"] not in classes:
+            raise InputError(
+                f"task {task.name}: expected a label among {list(classes)}, got {row['label']!r}"
+            )
+    return [classes[row["label"]] for row in rows]
+
+
+class LengthGroupedSampler(Sampler):
+    """A random order whose batches hold sentences of like length, so that a padded batch wastes little.
+
+    Chunks of ``50 * batch_size`` random rows are sorted by length. The order depends on seed and epoch alone,
+    which makes an interrupted run repeat its batches exactly.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths = torch.tensor(lengths)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator)
+        batches = []
+        for chunk in order.split(50 * self.batch_size):
+            chunk = chunk[self.lengths[chunk].argsort(descending=True, stable=True)]
+            batches += chunk.split(self.batch_size)
+        # A short batch must stay last: the loader cuts the flat order every batch_size rows.
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        shuffled = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
+        return iter(torch.cat(shuffled + rest).tolist())

@@ -1,0 +1,203 @@
+"""Score, share of compute and measured latency of a checkpoint, policy by policy, beside the unmodified
+model.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median, pstdev
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForSequenceClassification
+
+from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
+from dynplan.training.data import EncodedDataset, InputError, Task
+from dynplan.training.predict import make_batches, predict
+
+RANDOM_SEEDS = 3
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    figures: the task's, with ``score``; sample_layers, token_layers: share of the work run, 0..1; latency_ms:
+    median milliseconds per sentence at each batch size, keyed ``"1"`` and ``"32"``; spread: standard
+    deviation of ``score`` over the seeds of a random path, else 0; rival_score: for a planner, what best
+    fixed subsets score when mixed to the same share of layers.
+    """
+
+    name: str
+    budget: float | None
+    figures: dict[str, float]
+    sample_layers: float
+    token_layers: float
+    spread: float = 0.0
+    rival_score: float | None = None
+    latency_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Contestant:
+    name: str
+    budget: float | None
+    model: nn.Module
+    policies: list[Policy | None]
+
+    def arm(self, index: int = 0) -> None:
+        if self.policies[index] is not None:
+            self.model.dynplan.budget = None
+            self.model.dynplan.policy = self.policies[index]
+
+
+def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]]:
+    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote; raises InputError
+    otherwise.
+    """
+    folder = Path(folder)
+    try:
+        described = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+        static = json.loads((folder / "static.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"checkpoint: expected a folder written by `dynplan finetune`, got {folder} without "
+            f"{Path(error.filename).name}"
+        ) from error
+    task = Task(**{**described["task"], "labels": tuple(described["task"]["labels"])})
+    return task, described["recipe"], {int(size): tuple(layers) for size, layers in static.items()}
+
+
+def plain_model(folder: str | Path) -> nn.Module:
+    """The checkpoint as Hugging Face alone would load it: no dynplan, sdpa attention, float32."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model.eval()
+
+
+def contestants(model: nn.Module, plain: nn.Module, static: dict, budgets) -> list[_Contestant]:
+    """Hugging Face, keep-all, then planner, random path and best fixed subset at every budget.
+
+    Raises InputError when the model's policy is not a planner's.
+    """
+    planner = model.dynplan.planner
+    if planner is None:
+        raise InputError(
+            f"checkpoint: expected a model with a planner, got policy {type(model.dynplan.policy).__name__}; "
+            "train one with `dynplan finetune`"
+        )
+    rows = [
+        _Contestant("Hugging Face (sdpa)", None, plain, [None]),
+        _Contestant("dynplan keep-all", None, model, [KeepAll()]),
+    ]
+    for budget in budgets:
+        rows.append(_Contestant("planner", budget, model, [PlannerPolicy(planner, budget)]))
+        if budget < 1:
+            draws = [RandomPath(budget, seed=seed) for seed in range(RANDOM_SEEDS)]
+            rows.append(_Contestant("random path", budget, model, draws))
+            rows.append(_Contestant("best fixed subset", budget, model, [StaticPath(static, budget)]))
+    return rows
+
+
+def evaluate(
+    model: nn.Module,
+    plain: nn.Module,
+    static: dict[int, tuple[int, ...]],
+    dataset: EncodedDataset,
+    task: Task,
+    tokenizer,
+    budgets: tuple[float, ...] = (0.75, 0.5),
+    batch_sizes: tuple[int, ...] = (1, 32),
+    seconds: float = 30.0,
+    progress: bool = True,
+) -> list[Row]:
+    """Score every contestant on ``dataset`` in batches of 32, then time them in turn for about ``seconds`` in
+    all.
+
+    Timing goes round and round over contestants and batches and takes medians, so that a noisy machine
+    disturbs all alike. Each sentence is tokenized before; a time is that of the model's forward alone.
+    """
+    policy, budget = model.dynplan.policy, model.dynplan.budget
+    entrants = contestants(model, plain, static, budgets)
+    batches = make_batches(dataset, tokenizer, 32)
+    rows = []
+    for contestant in tqdm(entrants, desc="scores", disable=not progress):
+        predictions = []
+        for index in range(len(contestant.policies)):
+            contestant.arm(index)
+            predictions.append(predict(contestant.model, batches, task))
+        figures = [prediction.figures(task) for prediction in predictions]
+        rows.append(
+            Row(
+                contestant.name,
+                contestant.budget,
+                {key: fmean(each[key] for each in figures) for key in figures[0]},
+                fmean(prediction.sample_layers for prediction in predictions),
+                fmean(prediction.token_layers for prediction in predictions),
+                pstdev(each["score"] for each in figures),
+            )
+        )
+    _rival_scores(model, static, batches, task, rows)
+    _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress)
+    model.dynplan.policy, model.dynplan.budget = policy, budget
+    return rows
+
+
+@torch.inference_mode()
+def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) -> None:
+    for batch_size in batch_sizes:
+        drawn = dataset.sample(24 if batch_size == 1 else 3 * batch_size, seed=1)
+        batches = make_batches(drawn, tokenizer, batch_size)
+        inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+        times: list[list[list[float]]] = [[[] for _ in inputs] for _ in entrants]
+        stop, rounds = time.perf_counter() + seconds / len(batch_sizes), 0
+        bar = tqdm(desc=f"latency, batch {batch_size}", disable=not progress)
+        while rounds < 3 or (time.perf_counter() < stop and rounds < 50):
+            for contestant, own in zip(entrants, times, strict=True):
+                contestant.arm()
+                contestant.model.eval()
+                for batch, measured in zip(inputs, own, strict=True):
+                    start = time.perf_counter()
+                    contestant.model(**batch)
+                    measured.append(time.perf_counter() - start)
+            rounds += 1
+            bar.update()
+        bar.close()
+        for row, own in zip(rows, times, strict=True):
+            # The first round is the warm-up.
+            row.latency_ms[str(batch_size)] = 1e3 * sum(median(each[1:]) for each in own) / len(drawn)
+
+
+def _rival_scores(model, static, batches, task, rows: list[Row]) -> None:
+    """Give each planner row the score of best fixed subsets mixed to the very same share of compute.
+
+    A subset holds whole layers, a planner's batch need not; running one subset on some samples and the next
+    larger one on the others gives any share between, and a score between theirs in proportion.
+    """
+    layers = model.config.num_hidden_layers
+    curve = {}
+    for size in {**static, layers: tuple(range(layers))}:
+        model.dynplan.policy = StaticPath(static, size / layers)
+        curve[size / layers] = predict(model, batches, task).figures(task)["score"]
+    shares = sorted(curve)
+    for row in rows:
+        if row.name == "planner":
+            row.rival_score = float(np.interp(row.sample_layers, shares, [curve[share] for share in shares]))
+
+
+def planner_plans(
+    model: nn.Module, dataset: EncodedDataset, tokenizer, task: Task, budgets
+) -> tuple[dict, np.ndarray]:
+    """The planner's plans, budget -> bool ``(N, L)``, in batches of 32 rows in order; and the rows' lengths
+    ``(N,)``.
+    """
+    batches, plans, before = make_batches(dataset, tokenizer, 32), {}, model.dynplan.budget
+    for budget in budgets:
+        model.dynplan.budget = budget
+        plans[budget] = predict(model, batches, task).plan.numpy()
+    model.dynplan.budget = before
+    return plans, np.array(dataset.lengths)

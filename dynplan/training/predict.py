@@ -1,0 +1,95 @@
+"""Forward passes over labelled sentences: losses, logits, and what they cost."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dynplan.policies import FixedPath
+from dynplan.training.data import EncodedDataset, Task
+from dynplan.training.losses import sample_losses
+from dynplan.training.metrics import task_metrics
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """losses: float ``(N,)``; logits ``(N, C)``; labels ``(N,)``; plan: bool ``(N, L)``; lengths: tokens,
+    ``(N,)``.
+    """
+
+    losses: Tensor
+    logits: np.ndarray
+    labels: np.ndarray
+    plan: Tensor
+    lengths: Tensor
+
+    @property
+    def sample_layers(self) -> float:
+        """Share of sample-layers that were run."""
+        return float(self.plan.float().mean())
+
+    @property
+    def token_layers(self) -> float:
+        """Share of token-layers that were run: what the time is nearly proportional to."""
+        return float((self.plan.sum(1) * self.lengths).sum() / (self.plan.shape[1] * self.lengths.sum()))
+
+    def figures(self, task: Task) -> dict[str, float]:
+        return task_metrics(task, self.logits, self.labels)
+
+
+def make_batches(dataset: EncodedDataset, tokenizer, batch_size: int, by_length: bool = False) -> list[dict]:
+    """Padded batches as the model's keyword arguments, with labels; in file order unless ``by_length``."""
+    order = range(len(dataset))
+    if by_length:
+        order = sorted(order, key=lambda i: -dataset.lengths[i])
+    rows = [dataset[i] for i in order]
+    return [
+        dict(tokenizer.pad(rows[start : start + batch_size], return_tensors="pt"))
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Iterable[dict], task: Task) -> Prediction:
+    """Run ``batches`` through ``model``, swapped or not, in eval mode under its current policy and budget."""
+    training, control = model.training, getattr(model, "dynplan", None)
+    model.eval()
+    parts: dict[str, list[Tensor]] = {key: [] for key in ("losses", "logits", "labels", "plan", "lengths")}
+    for batch in batches:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs).logits
+        parts["losses"].append(sample_losses(task, logits, batch["labels"]))
+        parts["logits"].append(logits.float())
+        parts["labels"].append(batch["labels"])
+        parts["lengths"].append(inputs["attention_mask"].sum(1))
+        all_kept = torch.ones(len(logits), model.config.num_hidden_layers, dtype=torch.bool)
+        parts["plan"].append(control.last_plan.cpu() if control else all_kept)
+    model.train(training)
+    joined = {key: torch.cat(values).cpu() for key, values in parts.items()}
+    return Prediction(
+        joined["losses"],
+        joined["logits"].numpy(),
+        joined["labels"].numpy(),
+        joined["plan"],
+        joined["lengths"],
+    )
+
+
+def path_losses(
+    model: nn.Module, batches: list[dict], task: Task, paths: Tensor, progress: bool = False
+) -> Tensor:
+    """Loss of every sample on every path, float ``(N, P)``; ``paths`` is bool ``(P, L)``. The policy is
+    restored.
+    """
+    control = model.dynplan
+    policy, budget = control.policy, control.budget
+    control.budget = None
+    columns = []
+    for path in tqdm(paths, desc="path losses", disable=not progress):
+        control.policy = FixedPath(path)
+        columns.append(predict(model, batches, task).losses)
+    control.policy, control.budget = policy, budget
+    return torch.stack(columns, 1)

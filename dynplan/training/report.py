@@ -1,0 +1,258 @@
+"""The report folder: report.md, paths.png, tradeoff.png, results.json; and the same table for a terminal."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from dynplan.training.data import Task
+from dynplan.training.evaluate import Row
+
+# Okabe and Ito's colours, told apart with any common colour vision; markers differ as well.
+_LOOK = {
+    "Hugging Face (sdpa)": ("#000000", "s"),
+    "dynplan keep-all": ("#0072B2", "D"),
+    "planner": ("#D55E00", "o"),
+    "random path": ("#999999", "v"),
+    "best fixed subset": ("#009E73", "^"),
+}
+_DPI = 160
+
+
+def columns(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the results table, as strings."""
+    figures = [name for name in rows[0].figures if name != "score"]
+    ranked = task.metric.split("+")
+    figures = [name for name in ranked if name in figures]
+    sizes = list(rows[0].latency_ms)
+    header = [
+        "policy",
+        "budget",
+        *figures,
+        "layers run",
+        "tokens x layers",
+        *(f"ms/sentence, batch {s}" for s in sizes),
+    ]
+    cells = []
+    for row in rows:
+        spread = f" ±{row.spread:.3f}" if row.spread and len(figures) == 1 else ""
+        cells.append(
+            [
+                row.name,
+                "" if row.budget is None else f"{row.budget:g}",
+                *(f"{row.figures[name]:.3f}{spread}" for name in figures),
+                f"{row.sample_layers:.0%}",
+                f"{row.token_layers:.0%}",
+                *(f"{row.latency_ms[size]:.2f}" for size in sizes),
+            ]
+        )
+    return header, cells
+
+
+def rich_table(task: Task, rows: list[Row], title: str) -> Table:
+    header, cells = columns(task, rows)
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row, line in zip(rows, cells, strict=True):
+        table.add_row(*line, style="bold" if row.name == "planner" else None)
+    return table
+
+
+def markdown_table(task: Task, rows: list[Row]) -> str:
+    header, cells = columns(task, rows)
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
+    """One sentence per budget: whether the planner beats the best fixed subset, said plainly either way.
+
+    A difference within one standard error of a proportion at ``samples`` rows is called a tie.
+    """
+    fixed = {row.budget: row for row in rows if row.name == "best fixed subset"}
+    sentences = []
+    for row in rows:
+        if row.name != "planner" or row.budget not in fixed:
+            continue
+        score, rival = row.figures["score"], row.rival_score
+        margin = float(np.sqrt(max(score * (1 - score), 0.01) / samples))
+        if score - rival > margin:
+            words = "beats the best fixed subset"
+        elif rival - score > margin:
+            words = "does NOT beat the best fixed subset: it is worse"
+        else:
+            words = "does NOT beat the best fixed subset: the difference is within the noise"
+        sentences.append(
+            f"At budget {row.budget:g} the planner {words} "
+            f"({task.metric} {score:.3f} against {rival:.3f} at the same {row.sample_layers:.0%} of layers, "
+            f"{samples} samples, standard error about {margin:.3f})."
+        )
+    return sentences
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": "float32",
+    }
+
+
+def _pyplot():
+    # Imported here: training needs no pictures, and the backend must be chosen before pyplot is.
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_paths(plan: np.ndarray, lengths: np.ndarray, budget: float, place: Path, samples: int = 120) -> None:
+    """Which samples took which layers: one column a sample, ordered by path, and each layer's share beside
+    it.
+
+    plan: bool ``(N, L)``; lengths: tokens ``(N,)``.
+    """
+    plt = _pyplot()
+    plan, lengths = plan[:samples], lengths[:samples]
+    order = np.lexsort((lengths, *plan.T, plan.sum(1)))
+    plan = plan[order]
+    layers = plan.shape[1]
+    figure, (main, side) = plt.subplots(
+        1, 2, figsize=(10, 1.6 + 0.32 * layers), width_ratios=(6, 1), sharey=True, layout="constrained"
+    )
+    colours = np.where(plan.T[..., None], (0.0, 0.447, 0.698), (0.93, 0.93, 0.93))
+    main.imshow(colours, aspect="auto", origin="lower", interpolation="nearest")
+    main.set_yticks(range(layers), [f"layer {i}" for i in range(layers)])
+    main.set_xlabel(f"{len(plan)} sentences, ordered by path")
+    distinct = len(np.unique(plan, axis=0))
+    main.set_title(
+        f"Budget {budget:g}: {distinct} different paths, {plan.mean():.0%} of layers run", loc="left"
+    )
+    main.set_yticks(np.arange(layers) - 0.5, minor=True)
+    main.grid(axis="y", which="minor", color="white", linewidth=2)
+    main.tick_params(which="minor", length=0)
+    side.barh(range(layers), plan.mean(0), color="#0072B2")
+    side.set_xlim(0, 1)
+    side.set_xticks((0, 0.5, 1), ("0", "50 %", "100 %"))
+    side.set_title("kept by", loc="left")
+    for axis in (main, side):
+        axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.savefig(place, dpi=_DPI)
+    plt.close(figure)
+
+
+def draw_tradeoff(task: Task, rows: list[Row], place: Path) -> None:
+    """Score against measured milliseconds per sentence, one panel a batch size."""
+    plt, sizes = _pyplot(), list(rows[0].latency_ms)
+    figure, axes = plt.subplots(
+        1, len(sizes), figsize=(5.2 * len(sizes), 4.2), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis, size in zip(axes[0], sizes, strict=True):
+        for name, (colour, marker) in _LOOK.items():
+            own = sorted((row for row in rows if row.name == name), key=lambda row: row.latency_ms[size])
+            if not own:
+                continue
+            points = [(row.latency_ms[size], row.figures["score"]) for row in own]
+            line = "-" if len(points) > 1 else "none"
+            axis.errorbar(
+                *zip(*points, strict=True),
+                yerr=[row.spread for row in own] if any(r.spread for r in own) else None,
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                markersize=8,
+                linewidth=1.8,
+                capsize=3,
+                label=name,
+            )
+            if name == "planner":
+                for row, point in zip(own, points, strict=True):
+                    axis.annotate(
+                        f"{row.budget:g}",
+                        point,
+                        xytext=(7, -11),
+                        textcoords="offset points",
+                        fontsize=9,
+                        color=colour,
+                    )
+        axis.set_xlim(left=0)
+        axis.set_xlabel("milliseconds per sentence (median)")
+        axis.set_title(f"batch {size}", loc="left")
+        axis.grid(color="#DDDDDD", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel(task.metric)
+    axes[0][-1].legend(loc="lower right", frameon=False)
+    figure.savefig(place, dpi=_DPI)
+    plt.close(figure)
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    intro: str,
+    task: Task,
+    rows: list[Row],
+    samples: int,
+    plans: dict,
+    lengths: np.ndarray,
+    facts: dict,
+) -> Path:
+    """Write the report folder and return report.md.
+
+    plans: budget -> bool ``(N, L)``, the planner's; ``facts`` go into results.json beside the rows and the
+    machine.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for budget, plan in plans.items():
+        name = "paths.png" if not pictures else f"paths-{budget:g}.png"
+        draw_paths(plan, lengths, budget, folder / name)
+        pictures.append(f"![Paths at budget {budget:g}]({name})")
+    draw_tradeoff(task, rows, folder / "tradeoff.png")
+    words = verdict(task, rows, samples)
+    where = machine()
+    text = [
+        f"# {title}",
+        intro,
+        markdown_table(task, rows),
+        f"Latency: medians, contestants timed in turn, on {where['processor']}, {where['threads']} threads,"
+        f" torch {where['torch']}, {where['dtype']}; the forward alone, without tokenizing. Random paths:"
+        " mean and standard deviation over three seeds.",
+        "## Does the planner pay?",
+        "\n".join(f"- {sentence}" for sentence in words),
+        "## Score against time",
+        "![Score against measured latency](tradeoff.png)",
+        "## Who took which layers",
+        *pictures,
+    ]
+    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    results = {
+        "title": title,
+        "task": asdict(task),
+        "samples": samples,
+        "machine": where,
+        "verdict": words,
+        "rows": [asdict(row) for row in rows],
+        **facts,
+    }
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return folder / "report.md"

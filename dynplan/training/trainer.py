@@ -1,0 +1,163 @@
+"""Ordinary and robust fine-tuning as thin subclasses of Hugging Face's Trainer."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+
+from dynplan.policies import FixedPath, KeepAll, RandomPath
+from dynplan.training.data import EncodedDataset, LengthGroupedSampler, Task
+from dynplan.training.losses import draw_paths, path_divergence, path_sizes, sample_losses
+from dynplan.training.metrics import task_metrics
+
+
+class JsonLinesLog(TrainerCallback):
+    """Writes every logged figure to ``path``: one JSON object a line with the stage, the step and the
+    figures.
+
+    A stage that starts again, from its beginning or from a checkpoint, first drops its lines from beyond that
+    step.
+    """
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage = path, stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [
+                line for line in lines if line["stage"] != self.stage or line["step"] <= state.global_step
+            ]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            figures = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, "step": state.global_step, **figures}) + "\n")
+
+
+def training_arguments(
+    output_dir: Path,
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    bf16: bool = False,
+    progress: bool = True,
+    **overrides,
+) -> TrainingArguments:
+    """Settings shared by all stages: evaluate and save each epoch, keep the best checkpoint by ``score`` and
+    the last.
+    """
+    settings = dict(
+        output_dir=str(output_dir),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=64,
+        weight_decay=0.01,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        logging_steps=20,
+        report_to="none",
+        disable_tqdm=not progress,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=seed,
+        data_seed=seed,
+    )
+    return TrainingArguments(**{**settings, **overrides})
+
+
+class PlainTrainer(Trainer):
+    """Ordinary fine-tuning: the model's own loss, batches of like length, the task's figures at each
+    evaluation.
+
+    Every figure is also appended to ``metrics.jsonl`` beside the stage's output folder.
+    """
+
+    stage = "plain"
+
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        task: Task,
+        tokenizer,
+        train: EncodedDataset,
+        evaluation: EncodedDataset | None,
+        callbacks=(),
+    ):
+        self.task = task
+        log = JsonLinesLog(Path(args.output_dir).parent / "metrics.jsonl", self.stage)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=[log, *callbacks],
+            compute_metrics=self._figures,
+        )
+
+    def _figures(self, output) -> dict[str, float]:
+        logits = output.predictions
+        return task_metrics(self.task, logits[0] if isinstance(logits, tuple) else logits, output.label_ids)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size, self.args.seed)
+
+
+class RobustTrainer(PlainTrainer):
+    """Fine-tunes a swapped model so that it stands layer bypass.
+
+    Each batch runs twice in one forward, once on the full path and once with a random path per sample (share
+    of layers kept uniform in ``shares``); loss = L(full) + L(path) + ``distill`` * divergence(path from
+    full). Checkpoints are ranked by the mean of the full path's score and that of random paths at the middle
+    of ``shares``.
+    """
+
+    stage = "robust"
+
+    def __init__(self, *args, shares: tuple[float, float] = (0.4, 0.9), distill: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shares, self.distill = shares, distill
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        size, control = len(labels), self.model.dynplan
+        paths = draw_paths(size, control.num_layers, path_sizes(control.num_layers, *self.shares))
+        keep = torch.cat((torch.ones_like(paths), paths)).to(labels.device)
+        control.policy = FixedPath(keep)
+        logits = model(**{key: torch.cat((value, value)) for key, value in inputs.items()}).logits
+        full, path = logits[:size], logits[size:]
+        loss = sample_losses(self.task, full, labels) + sample_losses(self.task, path, labels)
+        return (loss + self.distill * path_divergence(self.task, path, full)).mean()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        control = self.model.dynplan
+        control.policy = KeepAll()
+        figures = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        control.policy = RandomPath(sum(self.shares) / 2, seed=self.args.seed)
+        on_paths = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix + "_path")
+        control.policy = KeepAll()
+        score = f"{metric_key_prefix}_score"
+        figures[f"{metric_key_prefix}_full_score"] = figures[score]
+        figures[score] = (figures[score] + on_paths[f"{metric_key_prefix}_path_score"]) / 2
+        return {**figures, **on_paths}

@@ -1,0 +1,121 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from dynplan.training.data import (
+    InputError,
+    LengthGroupedSampler,
+    encode_rows,
+    infer_task,
+    read_rows,
+    split_rows,
+)
+from dynplan.training.metrics import task_metrics
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_reads_plain_and_gzip(tmp_path):
+    row = {"sentence1": "é", "label": 1, "idx": 7}
+    plain = write(tmp_path / "a.jsonl", json.dumps(row), "", json.dumps({**row, "sentence2": "b"}))
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    want = [
+        {"sentence1": "é", "sentence2": None, "label": 1},
+        {"sentence1": "é", "sentence2": "b", "label": 1},
+    ]
+    assert read_rows(plain) == read_rows(packed) == want
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "expected one JSON object a line"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"label": 1}', "expected 'sentence1' to be a string, got NoneType"),
+        ('{"sentence1": "a", "sentence2": 3, "label": 1}', "expected 'sentence2' to be a string, got int"),
+        ('{"sentence1": "a"}', "expected 'label' to be a number or a string, got NoneType"),
+        ('{"sentence1": "a", "label": true}', "expected 'label' to be a number or a string, got bool"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, words):
+    path = write(tmp_path / "a.jsonl", '{"sentence1": "a", "label": 1}', line)
+    with pytest.raises(InputError, match=f"a.jsonl:2: {words}"):
+        read_rows(path)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(InputError, match="at least one row"):
+        read_rows(write(tmp_path / "empty.jsonl", ""))
+    with pytest.raises(InputError, match="No such file"):
+        read_rows(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="readable file"):
+        read_rows(write(tmp_path / "a.gz", "not gzip"))
+
+
+def labelled(*labels):
+    return [{"sentence1": "a", "sentence2": None, "label": label} for label in labels]
+
+
+def test_task_from_labels():
+    assert infer_task(labelled(1, 0, 1)).labels == (0, 1)
+    assert infer_task(labelled("yes", "no")).labels == ("no", "yes")
+    assert infer_task(labelled(1, 2.5)).kind == "regression"
+    assert infer_task(labelled(0, 1), "mrpc").metric == "accuracy+f1"
+    for bad, name, words in (
+        (labelled(0, 1), "glue", "expected one of auto"),
+        (labelled("a", "b"), "stsb", "expected numbers"),
+        (labelled(0.5, 1), "rte", "expected whole numbers"),
+        (labelled(1, 1), "auto", "at least two different labels"),
+    ):
+        with pytest.raises(InputError, match=words):
+            infer_task(bad, name)
+
+
+def test_metrics_by_hand():
+    classes = infer_task(labelled(0, 1), "mrpc")
+    logits = np.array([[0, 1], [1, 0], [0, 1], [0, 1]])
+    found = task_metrics(classes, logits, np.array([1, 0, 0, 1]))
+    assert found["accuracy"] == 0.75 and found["f1"] == pytest.approx(0.8)
+    assert found["matthews"] == pytest.approx(1 / np.sqrt(3))
+    assert found["score"] == pytest.approx(0.775)
+    scores = infer_task(labelled(0.0, 1.5))
+    found = task_metrics(scores, np.array([[1.0], [2.0], [4.0]]), np.array([0.0, 1.0, 9.0]))
+    assert found["spearman"] == pytest.approx(1) and 0.9 < found["pearson"] < 1
+    assert task_metrics(scores, np.ones((3, 1)), np.array([0.0, 1.0, 9.0]))["score"] == 0
+
+
+def test_split_is_a_partition(rows):
+    rest, held = split_rows(rows, 0.1, 3)
+    assert len(held) == 6 and len(rest) == 54
+    assert sorted(map(str, rest + held)) == sorted(map(str, rows))
+    assert split_rows(rows, 0.1, 3)[1] == held != split_rows(rows, 0.1, 4)[1]
+
+
+def test_encoding(tiny_model, rows):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    task = infer_task(rows)
+    dataset = encode_rows(rows, task, tokenizer, 6)
+    assert max(dataset.lengths) == 6 and dataset[0]["labels"] == rows[0]["label"]
+    with pytest.raises(InputError, match=r"expected a label among \[0, 1\], got 2"):
+        encode_rows(labelled(2), task, tokenizer, 6)
+    with pytest.raises(InputError, match="in 1 of 2 rows"):
+        encode_rows([*rows[:1], {**rows[1], "sentence2": "b"}], task, tokenizer, 6)
+
+
+def test_batches_hold_like_lengths():
+    lengths = [(7 * i) % 31 for i in range(103)]
+    sampler = LengthGroupedSampler(lengths, 4, seed=0)
+    first = list(sampler)
+    assert sorted(first) == list(range(103)) and first == list(sampler)
+    batches = [[lengths[i] for i in first[start : start + 4]] for start in range(0, 100, 4)]
+    spans = [max(batch) - min(batch) for batch in batches]
+    assert sum(spans) / len(spans) < 3
+    sampler.set_epoch(1)
+    assert list(sampler) != first
