@@ -70,6 +70,11 @@ def within_budget(scores: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
     batch_size, num_layers = scores.shape
     if budget >= 1:
         return torch.ones_like(scores, dtype=torch.bool)
+    if batch_size == 1:
+        # Tokens and samples come to the same, and a batch of one is where the time of a small operation
+        # counts.
+        best = scores.float().nan_to_num(nan=-math.inf).topk(whole_layers(budget, num_layers)).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
     lengths = cu_seqlens.diff().long()
     # Samples without tokens have no work to do: they go last, lest they use up the sample-layers of others.
     scores = scores.float().masked_fill((lengths == 0).unsqueeze(1), -math.inf).flatten()

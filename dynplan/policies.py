@@ -209,7 +209,7 @@ class HashPath(_BudgetPolicy):
         # The position among the sample's own tokens, so that padding, left or right, changes nothing.
         tokens = _mix(ids + self.seed) * (2 * token.cumsum(1) + 1) * token
         layer = torch.arange(1, request.num_layers + 1, device=request.device)
-        rank = _mix(_mix(tokens.sum(1, keepdim=True)) + layer).argsort(1, stable=True).argsort(1)
+        rank = _mix(_mix(tokens.sum(1, keepdim=True)) + layer).argsort(dim=1, stable=True).argsort(1)
         return rank < whole_layers(self.budget_of(request), request.num_layers)
 
     def options(self) -> dict[str, Any]:

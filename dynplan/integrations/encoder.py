@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynplan.integrations.weights import LayerWeights
+from dynplan.integrations.weights import PackedLayers
 from dynplan.ops.build_dispatch import build_dispatch
 from dynplan.ops.conditional_encoder_layer import conditional_encoder, conditional_encoder_layer
 from dynplan.policies import PlanRequest, Policy
@@ -54,7 +54,7 @@ class PlannedEncoder:
     def __init__(self, layers: nn.ModuleList, num_heads: int, activation: str, eps: float) -> None:
         self.layers = layers
         self.shape = (num_heads, activation, eps)
-        self._weights: list[LayerWeights] = []
+        self._weights = PackedLayers()
 
     def run(self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool) -> EncoderRun:
         """Run the whole stack on ``request.hidden``.
@@ -67,26 +67,18 @@ class PlannedEncoder:
         """
         layers = list(self.layers)
         if gates is None and request.hidden.dtype in _FUSED_DTYPES and not _learns(layers, request.hidden):
-            packed = self._packed(layers)
-            if None not in packed:
+            packed = self._weights.get(layers)
+            if packed is not None:
                 return self._run_fused(request, policy, packed, collect)
         return self._run_eager(request, policy, gates, collect)
 
     def refresh(self) -> None:
         """Pack the weights again at the next forward, for writes that PyTorch keeps no record of."""
-        self._weights = []
+        self._weights = PackedLayers()
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are a cache; copies and pickles make their own.
-        return {"layers": self.layers, "shape": self.shape, "_weights": []}
-
-    def _packed(self, layers: list[nn.Module]) -> list[Tensor | None]:
-        weights = self._weights
-        if len(weights) != len(layers) or any(
-            one.layer is not layer for one, layer in zip(weights, layers, strict=True)
-        ):
-            self._weights = weights = [LayerWeights(layer) for layer in layers]
-        return [weight.get() for weight in weights]
+        return {"layers": self.layers, "shape": self.shape, "_weights": PackedLayers()}
 
     def _run_fused(
         self, request: PlanRequest, policy: Policy, packed: list[Tensor], collect: bool

@@ -166,10 +166,9 @@ class SwappedForward:
                 raise ValueError(
                     f"dynplan: expected {name} of shape (B, S) as the other inputs, got {tuple(ids.shape)}"
                 ) from cause
-        limit = embeddings.position_embeddings.num_embeddings
-        if position_ids is None and given.dim() >= 2 and given.shape[1] > limit - 1:
-            offset = embeddings.position_embeddings.padding_idx
-            usable = limit if offset is None else limit - offset - 1
+        offset = embeddings.position_embeddings.padding_idx
+        usable = embeddings.position_embeddings.num_embeddings - (0 if offset is None else offset + 1)
+        if position_ids is None and given.dim() >= 2 and given.shape[1] > usable:
             name = "input_ids" if input_ids is not None else "inputs_embeds"
             raise ValueError(
                 f"dynplan: expected {name} of at most {usable} tokens per sample, got {given.shape[1]}"
@@ -193,17 +192,16 @@ class SwappedForward:
         return mask
 
     def _check_first(self, mask: Tensor) -> None:
-        """The first position is read as the sample's summary; the packed encoder has nothing there for
-        padding."""
-        first = mask[:, :1].bool()
+        """The first position is read as a sample's summary; packed, there is nothing there but tokens."""
+        first = mask.select(1, 0) if mask.shape[1] else mask.any(1)
         if mask.device.type != "cpu":
-            torch._assert_async((first | ~mask.bool().any(1, keepdim=True)).all())
+            torch._assert_async((first.bool() | ~mask.any(1)).all())
         elif not first.all():
-            wrong = ((~first.squeeze(1)) & mask.any(1)).nonzero().flatten()
+            wrong = (~first.bool() & mask.any(1)).nonzero().flatten()
             if wrong.numel():
                 raise NotImplementedError(
                     "dynplan: expected attention_mask to keep the first token of every sample, since this "
-                    f"model reads its summary there, got padding first in sample {int(wrong[0])}; pad on the right"
+                    f"model reads its summary there, got padding in sample {int(wrong[0])}; pad on the right"
                 )
 
     def _output(self, last: Tensor, states: tuple[Tensor, ...] | None, return_dict: bool) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from operator import attrgetter
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -20,92 +19,127 @@ _SITES = (
     "output.dense",
     "output.LayerNorm",
 )
-
 _VERSION = attrgetter("_version")
 
 
-class LayerWeights:
-    """One layer's packed weights.
+class PackedLayers:
+    """Packed weights of a stack of post-norm encoder layers with Hugging Face BERT's submodules.
 
     A change is seen in a replaced module or parameter, in a parameter's storage or in its version counter:
     optimizer steps, ``load_state_dict``, ``.to()``, adapters. PyTorch keeps no record of a write in place
     through ``parameter.data``: make a new object after one.
-
-    Args:
-        layer: a post-norm encoder layer with Hugging Face BERT's submodules.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self._lock = threading.Lock()
-        self._packed: tuple[_Seen, Tensor | None] | None = None
+    def __init__(self) -> None:
+        self._stack: _Stack | None = None
 
-    def get(self) -> Tensor | None:
-        """The packed weights, or None where a submodule is not the plain module it was (an adapter, a
-        hook)."""
-        packed = self._packed  # read once: another thread may pack anew meanwhile
-        if packed is None or not packed[0].holds():
-            with self._lock:
-                packed = self._pack()
-                self._packed = packed
-        return packed[1]
+    def get(self, layers: list[nn.Module]) -> list[Tensor] | None:
+        """Packed weights per layer, or None where a submodule is not plain (an adapter, a hook)."""
+        # Read once and written once, whole: another thread may come to the same conclusion meanwhile.
+        stack = self._stack
+        if stack is None or stack.layers != layers or not stack.holds():
+            stack = self._stack = _Stack(layers, stack)
+        return stack.packed
 
-    def _pack(self) -> tuple[_Seen, Tensor | None]:
-        seen = _Seen(self.layer)
-        if not seen.plain:
-            return seen, None
-        with torch.no_grad():
-            weights = [tensor.detach() for tensor in seen.tensors]
-            (wq, bq, wk, bk, wv, bv), rest = weights[:6], weights[6:]
-            wo, bo, n1, m1, wu, bu, wd, bd, n2, m2 = rest
-            fused = EncoderLayerWeights(
-                torch.cat((wq, wk, wv)), torch.cat((bq, bk, bv)), wo, bo, n1, m1, wu, bu, wd, bd, n2, m2
-            )
-            return seen, pack_encoder_weights(fused)
+
+class _Stack:
+    """What a stack of layers was made of when its weights were packed.
+
+    The check runs at every forward, over some 27 entries per layer: hence flat lists and ``map`` over C
+        functions.
+    """
+
+    def __init__(self, layers: list[nn.Module], before: _Stack | None) -> None:
+        self.layers = layers
+        self.seen = [_Seen(layer) for layer in layers]
+        self.packed = None
+        self._plain = all(seen.plain for seen in self.seen)
+        if not self._plain:
+            return
+        old = (
+            {}
+            if before is None or before.packed is None
+            else dict(zip(before.layers, before.seen, strict=True))
+        )
+        self.packed = []
+        for layer, seen in zip(layers, self.seen, strict=True):
+            seen.pack(old.get(layer))
+            self.packed.append(seen.blob)
+        self._tables = [table for seen in self.seen for table, _, _ in seen.entries]
+        self._names = [name for seen in self.seen for _, name, _ in seen.entries]
+        self._objects = [entry for seen in self.seen for _, _, entry in seen.entries]
+        self._hooks = [table for seen in self.seen for table in seen.hooks]
+        self._tensors = [tensor for seen in self.seen for tensor in seen.tensors]
+        self._versions = [version for seen in self.seen for version in seen.versions]
+        self._addresses = [address for seen in self.seen for address in seen.addresses]
+        # A model made under inference_mode counts no versions.
+        self._counted = not any(tensor.is_inference() for tensor in self._tensors)
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            self._plain
+            and all(map(is_, map(dict.get, self._tables, self._names), self._objects))
+            and not any(self._hooks)
+            and (not self._counted or list(map(_VERSION, self._tensors)) == self._versions)
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        )
 
 
 class _Seen:
-    """What a layer was made of when its weights were packed."""
+    """One layer's modules, parameters and their state."""
 
     def __init__(self, layer: nn.Module) -> None:
-        self._links = []
-        self._slots = []
-        self._hooks = []
+        entries = {}
+        self.hooks = []
+        self.tensors = []
         self.plain = True
         for path in _SITES:
             module = layer
             for name in path.split("."):
-                child = module._modules[name]
-                self._links.append((module._modules, name, child))
-                module = child
+                table = module._modules
+                module = table[name]
+                entries[id(table), name] = (table, name, module)
             wanted = nn.LayerNorm if path.endswith("LayerNorm") else nn.Linear
             self.plain &= type(module) is wanted and "forward" not in vars(module)
-            self._hooks += (module._forward_hooks, module._forward_pre_hooks)
+            self.hooks += (module._forward_hooks, module._forward_pre_hooks)
             for name in ("weight", "bias"):
                 tensor = module._parameters.get(name)
                 self.plain &= tensor is not None
-                self._slots.append((module._parameters, name, tensor))
-        self.plain &= not any(self._hooks)
-        self.tensors = [tensor for _, _, tensor in self._slots]
+                entries[id(module._parameters), name] = (module._parameters, name, tensor)
+                self.tensors.append(tensor)
+        self.plain &= not any(self.hooks)
+        self.entries = list(entries.values())
         if self.plain:
-            # A model made under inference_mode counts no versions.
-            self._counted = not any(tensor.is_inference() for tensor in self.tensors)
-            self._state = self._read()
-            # Aliases keep the storages alive, so that no new weights can come to lie at an address seen
-            # before.
-            self._aliases = [tensor.detach() for tensor in self.tensors]
+            self.versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+            self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
-    def holds(self) -> bool:
-        """Whether nothing has changed since."""
-        for table, name, tensor in self._slots:
-            if table.get(name) is not tensor:
-                return False
-        for table, name, child in self._links:
-            if table.get(name) is not child:
-                return False
-        return self.plain and not any(self._hooks) and self._state == self._read()
-
-    def _read(self) -> tuple[list[int], list[int]]:
-        # map over C functions: this runs at every forward, for 16 tensors of each layer.
-        versions = list(map(_VERSION, self.tensors)) if self._counted else []
-        return versions, list(map(Tensor.data_ptr, self.tensors))
+    def pack(self, before: _Seen | None) -> None:
+        """Pack the weights, or take over what was packed ``before`` if they are the same."""
+        if (
+            before is not None
+            and all(map(is_, before.tensors, self.tensors))
+            and (before.versions, before.addresses) == (self.versions, self.addresses)
+        ):
+            self.blob, self._aliases = before.blob, before._aliases
+            return
+        # Aliases keep the storages alive, so that no new weights can come to lie at an address seen before.
+        self._aliases = [tensor.detach() for tensor in self.tensors]
+        (wq, bq, wk, bk, wv, bv), rest = self._aliases[:6], self._aliases[6:]
+        wo, bo, norm1, shift1, up, bias_up, down, bias_down, norm2, shift2 = rest
+        self.blob = pack_encoder_weights(
+            EncoderLayerWeights(
+                qkv_weight=torch.cat((wq, wk, wv)),
+                qkv_bias=torch.cat((bq, bk, bv)),
+                output_weight=wo,
+                output_bias=bo,
+                norm1_weight=norm1,
+                norm1_bias=shift1,
+                up_weight=up,
+                up_bias=bias_up,
+                down_weight=down,
+                down_bias=bias_down,
+                norm2_weight=norm2,
+                norm2_bias=shift2,
+            )
+        )
