@@ -243,4 +243,4 @@ def test_command_line_errors(root, tmp_path):
     outcome = runner.invoke(app, ["train", "--data", str(root), "--output", str(tmp_path), "--loss", "dice"])
     assert outcome.exit_code != 0 and "expected cross-entropy or region, got dice" in outcome.output
     outcome = runner.invoke(app, ["study", "--data", str(root), "--output", str(tmp_path), "--part", "main"])
-    assert "expected learning-rate runs of every loss" in str(outcome.exception)
+    assert "expected learning-rate runs of both kinds" in str(outcome.exception)
