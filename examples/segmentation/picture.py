@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from .data import Classes, Split
@@ -24,7 +25,11 @@ def write_masks(path: Path, split: Split, predictions: dict[str, Tensor], classe
     rows = len(split.names)
     height, width = split.labels.shape[1:]
     figure, axes = plt.subplots(
-        rows, len(columns), figsize=(2.4 * len(columns), 2.4 * rows * height / width + 0.3), squeeze=False
+        rows,
+        len(columns),
+        figsize=(2.4 * len(columns), 2.4 * rows * height / width + 0.7),
+        squeeze=False,
+        layout="constrained",
     )
     for row in range(rows):
         for column, (title, labels) in enumerate(columns.items()):
@@ -37,12 +42,17 @@ def write_masks(path: Path, split: Split, predictions: dict[str, Tensor], classe
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(title, fontsize=9)
+    names = {*enumerate(classes.names), (classes.ignore_id, "void")}
+    patches = [Patch(color=classes.colours[i] / 255, label=name) for i, name in sorted(names)]
+    figure.legend(
+        handles=patches, loc="outside lower center", ncols=len(columns) * 2, fontsize=7, frameon=False
+    )
     _save(figure, path, dpi=130)
 
 
 def write_curves(path: Path, rows: dict[str, list[dict]]) -> None:
     """Validation mIoU over the epochs for each loss: the mean over the seeds, and each seed thinly."""
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for colour, (name, runs) in zip(COLOURS, rows.items(), strict=False):
         epochs = runs[0]["curves"]["epoch"]
         values = np.array([run["curves"]["miou"] for run in runs]) * 100
@@ -58,7 +68,7 @@ def write_curves(path: Path, rows: dict[str, list[dict]]) -> None:
 
 def write_differences(path: Path, differences: dict[str, np.ndarray], baseline: str) -> None:
     """Each setting's paired differences to ``baseline`` in points: a dot per seed, a bar for the mean."""
-    figure, axis = plt.subplots(figsize=(6, 0.32 * len(differences) + 1))
+    figure, axis = plt.subplots(figsize=(6, 0.32 * len(differences) + 1), layout="constrained")
     for place, values in enumerate(differences.values()):
         axis.barh(place, values.mean(), color="#2a7fba" if values.mean() >= 0 else "#d1495b", alpha=0.5)
         axis.plot(values, np.full(len(values), place), ".", color="#222222", markersize=4)
@@ -79,6 +89,5 @@ def _finish(axis) -> None:
 
 def _save(figure, path: Path, dpi: int = 120) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
