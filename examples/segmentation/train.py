@@ -102,21 +102,21 @@ def fit(
             total += value.item()
         curves["loss"].append(total / batches)
         if epoch % settings.evaluate_every == 0 and epoch < settings.epochs:
-            scores, _ = evaluate(model, test, classes, mean, std, tolerance=None)
+            scores, _ = evaluate(model, test, classes, mean, std, thorough=False)
             curves["epoch"].append(epoch)
-            curves["miou"].append(scores.summary()["miou"])
+            curves["miou"].append(scores["miou"])
             epochs.set_postfix(loss=total / batches, miou=curves["miou"][-1])
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
 
-    scores, full_scores = evaluate(model, test, classes, mean, std, tolerance=2)
+    scores, full_scores = evaluate(model, test, classes, mean, std, thorough=True)
     curves["epoch"].append(settings.epochs)
-    curves["miou"].append(scores.summary()["miou"])
+    curves["miou"].append(scores["miou"])
     result = {
         "loss": loss._asdict(),
         "settings": settings._asdict(),
         "seed": seed,
-        "scores": scores.summary(),
-        "full_resolution_scores": full_scores.summary(),
+        "scores": scores,
+        "full_resolution_scores": full_scores,
         "gradient_concentration": concentration(model, train, classes, loss, mean, std),
         "curves": curves,
         "seconds": seconds,
@@ -161,18 +161,20 @@ def predict(model: SegmentationNet, images: Tensor, mean: Tensor, std: Tensor) -
 
 
 def evaluate(
-    model: SegmentationNet, split: Split, classes: Classes, mean: Tensor, std: Tensor, tolerance: int | None
-) -> tuple[Scores, Scores]:
-    """Scores at the training resolution (``tolerance``: see :class:`Scores`), and of the upsampled logits
-    against the masks as they came (without boundaries).
+    model: SegmentationNet, split: Split, classes: Classes, mean: Tensor, std: Tensor, thorough: bool
+) -> tuple[dict, dict | None]:
+    """:meth:`Scores.summary` at the training resolution. ``thorough`` adds the boundaries, and a second
+    summary: of the upsampled logits against the masks as they came. These cost more than the network.
     """
-    scores, full = (Scores(len(classes.names), classes.ignore_id, t) for t in (tolerance, None))
+    scores = Scores(len(classes.names), classes.ignore_id, tolerance=2 if thorough else None)
+    full = Scores(len(classes.names), classes.ignore_id, tolerance=None) if thorough else None
     for part in torch.arange(len(split.images)).split(16):
         logits = predict(model, split.images[part], mean, std)
         scores.update(logits.argmax(1), split.labels[part])
-        masks = split.full_labels[part]
-        full.update(interpolate(logits, masks.shape[1:], mode="bilinear").argmax(1), masks)
-    return scores, full
+        if full is not None:
+            masks = split.full_labels[part]
+            full.update(interpolate(logits, masks.shape[1:], mode="bilinear").argmax(1), masks)
+    return scores.summary(), full.summary() if full is not None else None
 
 
 def concentration(
