@@ -47,9 +47,11 @@ EncoderSizes check_pack_encoder_weights(at::TensorList weights) {
     TORCH_CHECK_VALUE(weights[w].device() == weights[0].device(), "pack_encoder_weights: expected ",
                       kNames[w], " on ", weights[0].device(), ", got ", weights[w].device());
   }
-  TORCH_CHECK_TYPE(weights[0].scalar_type() == at::kFloat || weights[0].scalar_type() == at::kBFloat16,
-                   "pack_encoder_weights: expected weights to be float32 or bfloat16, got ",
-                   weights[0].scalar_type());
+  const bool half = weights[0].is_cuda() && weights[0].scalar_type() == at::kHalf;
+  TORCH_CHECK_TYPE(
+      weights[0].scalar_type() == at::kFloat || weights[0].scalar_type() == at::kBFloat16 || half,
+      "pack_encoder_weights: expected weights to be float32 or bfloat16 (on CUDA also float16), got ",
+      weights[0].scalar_type());
   TORCH_CHECK_VALUE(h > 0 && i > 0, "pack_encoder_weights: expected sizes to be positive, got H = ", h,
                     ", I = ", i);
   return {h, i};
@@ -72,11 +74,12 @@ void check_conditional_encoder(const char* op, const at::Tensor& hidden, const a
   check_int32(op, "cu_seqlens", cu_seqlens, hidden, shape(cu_seqlens.size(-1)));
   check_int32(op, "counts", counts, hidden, shape(2));
   for (const at::Tensor& packed : packed_weights) {
-    TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, op,
-                     ": expected packed_weights to be uint8 of pack_encoder_weights, got ",
-                     packed.scalar_type());
     TORCH_CHECK_VALUE(packed.device() == hidden.device(), op, ": expected packed_weights on ",
                       hidden.device(), ", got ", packed.device());
+    const at::ScalarType wanted = hidden.is_cuda() ? hidden.scalar_type() : at::kByte;
+    TORCH_CHECK_TYPE(packed.scalar_type() == wanted, op,
+                     ": expected packed_weights of pack_encoder_weights to be ", wanted, ", got ",
+                     packed.scalar_type());
   }
 }
 

@@ -4,7 +4,8 @@
 //   pack_encoder_weights(weights: 12 tensors of one floating dtype, in the order
 //       qkv (3H, H) (3H,), output (H, H) (H,), norm1 (H,) (H,), up (I, H) (I,), down (H, I) (H,), norm2 (H,)
 //       (H,))
-//     -> uint8 (bytes,), opaque: the layout of the device's kernels (CPU: kernels/encoder/packed_weights.h)
+//     -> opaque, the layout of the device's kernels: on CPU uint8 (bytes,) of kernels/encoder/packed_weights.h,
+//        on CUDA the parameters end to end (N,) in their own dtype, which the rows must share
 //   conditional_encoder_layer(hidden (T, H), rows int32 (T,), cu_seqlens int32 (B+1,), counts int32 (2,),
 //       packed_weights, num_heads, activation, eps) -> (T, H)
 //   conditional_encoder(hidden (T, H), rows int32 (L, T), cu_seqlens int32 (L, B+1), counts int32 (L, 2),
@@ -27,7 +28,7 @@ struct EncoderSizes {
   int64_t hidden, intermediate;
 };
 
-// Checks shapes, dtypes and devices; the CPU and the CUDA kernels take float32 and bfloat16.
+// Checks shapes, dtypes and devices: the kernels take float32 and bfloat16, on CUDA float16 too.
 EncoderSizes check_pack_encoder_weights(at::TensorList weights);
 
 // One layer (rows.dim() == 1) or all (2); `op` is the name errors carry.

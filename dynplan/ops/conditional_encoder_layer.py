@@ -83,15 +83,16 @@ class PackedEncoderWeights:
 
 
 def pack_encoder_weights(weights: EncoderLayerWeights) -> Tensor:
-    """Copy one layer's weights into the layout the kernels read: columns in panels, one blob.
+    """Copy one layer's weights into the layout the kernels of their device read, one opaque blob.
 
     Args:
-        weights: tensors of one dtype (float32 or bfloat16) on one device; shapes in
+        weights: tensors of one dtype (float32 or bfloat16, on CUDA also float16) on one device; shapes in
             :class:`EncoderLayerWeights`. The result does not share memory with them.
 
     Returns:
-        uint8 (bytes,), opaque; holds float32 whatever the weights' dtype. It depends on no CPU
-        feature, so it may be made on one machine and used on another of the same byte order.
+        CPU: uint8 (bytes,), columns in panels; holds float32 whatever the weights' dtype. It depends on no
+        CPU feature, so it may be made on one machine and used on another of the same byte order.
+        CUDA: (N,), the parameters end to end in their own dtype, which must be that of the rows.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit together.
@@ -119,7 +120,7 @@ def conditional_encoder_layer(
     proportional to the active rows; a layer that no sample takes costs nothing.
 
     Args:
-        hidden: (T, H) float32, bfloat16 or float64, the packed rows of the batch.
+        hidden: (T, H) float32, bfloat16 or float64 (on CUDA also float16), the packed rows of the batch.
         dispatch: of ``build_dispatch`` for one layer: ``rows`` int32 (T,), ``cu_seqlens`` int32 (B+1,),
             ``counts`` int32 (2,).
         weights: the layer's weights. May be None with ``packed_weights`` in inference.
@@ -269,6 +270,8 @@ def _pack_encoder_weights_fake(weights: list[Tensor]) -> Tensor:
     def padded(size):
         return (size + 15) // 16 * 16
 
+    if weights[0].is_cuda:
+        return weights[0].new_empty((sum(w.numel() for w in weights),))
     # kernels/encoder/packed_weights.h: a header of 64 bytes, then panels of 16 columns
     h, i = weights[2].shape[0], weights[6].shape[0]
     floats = (padded(3 * h) + padded(h) + padded(i)) * (h + 1) + padded(h) * (i + 5)

@@ -1,0 +1,4 @@
+#include "kernels/conditional_encoder_layer.cuh"
+
+template cudaError_t dynplan::kernels::cuda::conditional_encoder_layer<float>(
+    const ConditionalEncoderLayerParams<float>&, cudaStream_t);
