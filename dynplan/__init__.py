@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 from dynplan import _library, ops
 
 if TYPE_CHECKING:
+    from dynplan.integrations.capture import capture
     from dynplan.integrations.checkpoint import from_pretrained
     from dynplan.integrations.transformers import swap, unswap
 
 __version__ = _library.build_info()["version"]
-__all__ = ["from_pretrained", "ops", "swap", "unswap"]
+__all__ = ["capture", "from_pretrained", "ops", "swap", "unswap"]
 
 # Loaded on first use: transformers takes longer to import than all of dynplan.
 _LAZY = {
+    "capture": "dynplan.integrations.capture",
     "from_pretrained": "dynplan.integrations.checkpoint",
     "swap": "dynplan.integrations.transformers",
     "unswap": "dynplan.integrations.transformers",

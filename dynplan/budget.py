@@ -56,8 +56,8 @@ def within_budget(scores: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
     """The plan of the highest scores that the budget pays for.
 
     All sample-layers of the batch compete; they are taken in order of score until the next one would pass
-    ``budget * B * L`` sample-layers or ``budget * T * L`` token-layers. A smaller budget gives a subset of
-    the plan.
+    ``budget * B * L`` sample-layers or ``budget * T * L`` token-layers, where B leaves out samples without
+    tokens. A smaller budget gives a subset of the plan.
 
     Args:
         scores: float ``(B, L)``; any values, NaN counts as lowest.
@@ -82,7 +82,7 @@ def within_budget(scores: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
         scores,
         torch.ones_like(scores, dtype=torch.long),
         lengths.repeat_interleave(num_layers, output_size=scores.numel()),
-        whole_layers(budget, scores.numel()),
+        sample_cap(cu_seqlens, budget, num_layers),
         token_cap(cu_seqlens, budget, num_layers),
     )
     return keep.view(batch_size, num_layers)
@@ -116,23 +116,35 @@ def choose_paths(
     if price is None:
         return paths[affordable]
     wanted = (values - price * sizes).argmax(1)
-    extra = sizes[wanted] - sizes[affordable]
     lengths = cu_seqlens.diff().long()
+    busy = lengths > 0  # samples without tokens neither spend nor save
+    extra = (sizes[wanted] - sizes[affordable]) * busy
     rows = torch.arange(batch_size, device=values.device)
     gain = (values[rows, wanted] - values[rows, affordable]) / extra.clamp_min(1)
     priority = torch.where(extra > 0, gain.nan_to_num(nan=-3e38, posinf=3e38), math.inf)
-    spent = sizes[affordable]
+    spent = sizes[affordable] * busy
     trade = admit(
         priority,
         extra,
         extra * lengths,
-        whole_layers(budget, batch_size * num_layers) - spent.sum(),
+        sample_cap(cu_seqlens, budget, num_layers) - spent.sum(),
         token_cap(cu_seqlens, budget, num_layers) - (spent * lengths).sum(),
     )
     return paths[torch.where(trade, wanted, affordable)]
 
 
+def sample_cap(cu_seqlens: Tensor, budget: float, num_layers: int) -> Tensor:
+    """Sample-layers that ``budget`` pays for.
+
+    Samples without tokens do not count: a captured graph's batch is filled up with them, and must not have
+    more to spend for it.
+    """
+    busy = (cu_seqlens.diff() > 0).sum()
+    return ((busy * num_layers).double() * budget + 1e-6).floor()
+
+
 def token_cap(cu_seqlens: Tensor, budget: float, num_layers: int) -> Tensor:
-    # Stays on the device: only the device knows T there. The small term undoes rounding, as whole_layers
-    # does.
+    """Token-layers that ``budget`` pays for."""
+    # Both caps stay on the device: only the device knows T there. The small term undoes rounding, as
+    # whole_layers does.
     return (cu_seqlens[-1].double() * (budget * num_layers) + 1e-6).floor()

@@ -16,7 +16,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dynplan.budget import admit, check_budget, choose_paths, token_cap, whole_layers, within_budget
+from dynplan.budget import (
+    admit,
+    check_budget,
+    choose_paths,
+    sample_cap,
+    token_cap,
+    whole_layers,
+    within_budget,
+)
 from dynplan.nn.planner import planner_from_config
 
 
@@ -53,9 +61,14 @@ class Policy:
     A policy either plans the whole batch at once (:meth:`plan`) or, with ``stepwise = True``, one layer at a
     time (:meth:`keep`). A subclass is found again by its class name when a saved model is loaded, provided
     that its module has been imported.
+
+    Set ``reads_hidden = False`` on an upfront policy that never looks at ``request.hidden``:
+    :func:`dynplan.capture` then lets it plan outside of the CUDA graph, where it may draw random numbers, and
+    one graph serves all its plans.
     """
 
     stepwise: ClassVar[bool] = False
+    reads_hidden: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Policy]]] = {}
 
@@ -98,6 +111,8 @@ class Policy:
 class KeepAll(Policy):
     """Every layer for every sample: the original model, without its padding."""
 
+    reads_hidden = False
+
     def plan(self, request: PlanRequest) -> Tensor:
         return torch.ones(request.batch_size, request.num_layers, dtype=torch.bool, device=request.device)
 
@@ -114,6 +129,8 @@ class FixedPath(Policy):
             batch.
     """
 
+    reads_hidden = False
+
     def __init__(self, keep: Tensor | Sequence[Any]) -> None:
         keep = torch.as_tensor(keep)
         if keep.dtype != torch.bool:
@@ -128,7 +145,7 @@ class FixedPath(Policy):
             raise ValueError(
                 f"FixedPath: expected keep of shape {shape[1:]} or {shape}, got {tuple(self.kept.shape)}"
             )
-        return self.kept.to(request.device).expand(shape).contiguous()
+        return self.kept.to(request.device, non_blocking=True).expand(shape).contiguous()
 
     def options(self) -> dict[str, Any]:
         return {"keep": self.kept.tolist()}
@@ -153,6 +170,8 @@ class RandomPath(_BudgetPolicy):
         budget: share of layer work, 0..1.
         seed: of the sequence of plans: two policies with one seed give the same plans in the same order.
     """
+
+    reads_hidden = False
 
     def __init__(self, budget: float = 1.0, seed: int = 0) -> None:
         super().__init__(budget)
@@ -195,6 +214,8 @@ class HashPath(_BudgetPolicy):
         seed: of the hash.
     """
 
+    reads_hidden = False
+
     def __init__(self, budget: float = 1.0, seed: int = 0) -> None:
         super().__init__(budget)
         self.seed = int(seed)
@@ -227,6 +248,8 @@ class StaticPath(_BudgetPolicy):
     Raises:
         ValueError: a path's length differs from its size, or a layer stands twice.
     """
+
+    reads_hidden = False
 
     def __init__(self, paths: Mapping[int, Sequence[int]], budget: float = 1.0) -> None:
         super().__init__(budget)
@@ -313,7 +336,7 @@ class PlannerPolicy(_BudgetPolicy):
         if budget >= 1:
             return torch.ones_like(scores, dtype=torch.bool)
         wanted = (scores >= self.planner.threshold(budget)) & (lengths > 0)
-        samples = whole_layers(budget, plan.numel()) - plan.sum()
+        samples = sample_cap(request.cu_seqlens, budget, request.num_layers) - plan.sum()
         tokens = token_cap(request.cu_seqlens, budget, request.num_layers)
         tokens = tokens - (plan * lengths.unsqueeze(1)).sum()
         return (

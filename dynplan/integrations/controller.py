@@ -87,8 +87,17 @@ class Controller:
         self._local.gates = None
         request.budget = self._budget
         result = self._encoder.run(request, self._policy, gates, collect)
-        self._local.plan = self._latest = result.plan
+        self.note_plan(result.plan)
         return result
+
+    def packed_weights(self) -> list[Tensor] | None:
+        """Each layer's weights as the kernels read them, packed anew where the model's own have changed; None
+        where only the layers' own modules will do (adapters, hooks)."""
+        return self._encoder.packed()
+
+    def note_plan(self, plan: Tensor) -> None:
+        """Sets :attr:`last_plan`, for those who run the encoder past :meth:`run`."""
+        self._local.plan = self._latest = plan
 
     def refresh(self) -> None:
         """Take up the model's weights anew at the next forward.

@@ -23,7 +23,11 @@ from dynplan.policies import PlanRequest, Policy
 
 Gates = Tensor | Callable[..., Tensor]
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16)
+# What the ops take, by the type of the device.
+FUSED_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 @dataclass(slots=True)
@@ -66,8 +70,9 @@ class PlannedEncoder:
             collect: keep the states between layers.
         """
         layers = list(self.layers)
-        if gates is None and request.hidden.dtype in _FUSED_DTYPES and not _learns(layers, request.hidden):
-            packed = self._weights.get(layers)
+        fused = request.hidden.dtype in FUSED_DTYPES.get(request.device.type, ())
+        if gates is None and fused and not _learns(layers, request.hidden):
+            packed = self.packed()
             if packed is not None:
                 return self._run_fused(request, policy, packed, collect)
         return self._run_eager(request, policy, gates, collect)
@@ -79,6 +84,10 @@ class PlannedEncoder:
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are a cache; copies and pickles make their own.
         return {"layers": self.layers, "shape": self.shape, "_weights": PackedLayers()}
+
+    def packed(self) -> list[Tensor] | None:
+        """Each layer's weights as the kernels read them; None where only the layers' own modules will do."""
+        return self._weights.get(list(self.layers))
 
     def _run_fused(
         self, request: PlanRequest, policy: Policy, packed: list[Tensor], collect: bool
