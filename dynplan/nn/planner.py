@@ -21,24 +21,27 @@ from dynplan.budget import whole_layers
 _QUANTILES = 256
 
 
-def pool_mean_max(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and maximum over each sample's rows of a packed tensor.
+def pool(hidden: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
+    """Mean or maximum over each sample's rows of a packed tensor.
 
     Args:
-        hidden: float ``(T, H)``; rows beyond ``cu_seqlens[-1]`` are ignored.
+        hidden: float ``(T, H)``; rows beyond ``cu_seqlens[-1]`` are not read.
         cu_seqlens: int32 ``(B + 1,)``.
+        kind: "mean" or "max".
 
     Returns:
-        Two tensors ``(B, H)``; zeros for a sample without rows.
+        ``(B, H)``; zeros for a sample without rows.
     """
-    if len(cu_seqlens) == 2 and hidden.shape[0] and hidden.device.type == "cpu":
-        return hidden.mean(0, keepdim=True), hidden.amax(0, keepdim=True)  # a third of the time
-    # embedding_bag is torch's only segment reduction that takes offsets from the device, gives zeros for an
-    # empty segment and has a gradient for both modes.
-    rows = torch.arange(hidden.shape[0], dtype=cu_seqlens.dtype, device=hidden.device)
-    mean = F.embedding_bag(rows, hidden, cu_seqlens, mode="mean", include_last_offset=True)
-    maximum = F.embedding_bag(rows, hidden, cu_seqlens, mode="max", include_last_offset=True)
-    return mean, maximum
+    if hidden.device.type == "cpu":
+        # Three to ten times faster than segment_reduce here. embedding_bag would be no slower, but with rows
+        # beyond the last offset it writes out of bounds (torch 2.13).
+        lengths = cu_seqlens.diff().tolist()
+        parts = hidden[: sum(lengths)].split(lengths)
+        reduce = torch.mean if kind == "mean" else torch.amax
+        pooled = [reduce(part, 0) if len(part) else part.new_zeros(part.shape[1]) for part in parts]
+        return torch.stack(pooled) if pooled else hidden.new_zeros(0, hidden.shape[1])
+    pooled = torch.segment_reduce(hidden, kind, offsets=cu_seqlens, axis=0, unsafe=True)
+    return pooled.masked_fill((cu_seqlens.diff() == 0).unsqueeze(1), 0)
 
 
 class UpfrontPlanner(nn.Module):
@@ -88,7 +91,10 @@ class UpfrontPlanner(nn.Module):
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
         # One row per path size in layer mode: the best subset of six layers need not hold the best of five.
-        self.prior = nn.Parameter(torch.zeros((num_layers + 1, num_layers) if table is None else (outputs,)))
+        # In path mode, more layers are better until training says otherwise.
+        self.prior = nn.Parameter(
+            torch.zeros(num_layers + 1, num_layers) if table is None else table.sum(1) / num_layers
+        )
 
     def forward(self, hidden: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
         """Scores of all layers, or qualities of all paths, per sample.
@@ -101,7 +107,8 @@ class UpfrontPlanner(nn.Module):
         Returns:
             ``(B, L)`` scores in layer mode, ``(B, P)`` qualities in path mode; higher is better.
         """
-        mean, maximum = pool_mean_max(hidden.to(self.reduce.weight.dtype), cu_seqlens)
+        hidden = hidden.to(self.reduce.weight.dtype)
+        mean, maximum = pool(hidden, cu_seqlens, "mean"), pool(hidden, cu_seqlens, "max")
         features = [mean, maximum, (cu_seqlens.diff() + 1).to(mean.dtype).log().unsqueeze(1)]
         if self.paths is None:
             features.append(mean.new_full((mean.shape[0], 1), budget))
@@ -228,8 +235,7 @@ class StepwisePlanner(nn.Module):
         """
         gate = self.gates[layer]
         hidden = hidden.to(gate[0].weight.dtype)
-        rows = torch.arange(hidden.shape[0], dtype=cu_seqlens.dtype, device=hidden.device)
-        mean = F.embedding_bag(rows, hidden, cu_seqlens, mode="mean", include_last_offset=True)
+        mean = pool(hidden, cu_seqlens, "mean")
         if hidden.shape[0]:
             # An empty sample at the end would point past the last row; what it reads does not matter, it has
             # no work.

@@ -16,6 +16,8 @@ from dynplan.integrations import checkpoint
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, RandomPath, StaticPath
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def planner(kind):
     torch.manual_seed(9)

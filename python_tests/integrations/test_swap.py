@@ -12,6 +12,8 @@ from torch import nn
 import dynplan
 from dynplan.policies import FixedPath, KeepAll, Policy, RandomPath
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATHS = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
 
 

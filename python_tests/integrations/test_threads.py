@@ -2,11 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from integrations.models import batch, tiny
 
 import dynplan
 from dynplan.policies import HashPath, RandomPath
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import dynplan
 from dynplan.policies import FixedPath, KeepAll, RandomPath
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PATHS = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
 LABELS = torch.tensor([0, 2, 1, 0, 2])
 
