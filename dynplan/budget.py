@@ -130,7 +130,7 @@ def choose_paths(
         sample_cap(cu_seqlens, budget, num_layers) - spent.sum(),
         token_cap(cu_seqlens, budget, num_layers) - (spent * lengths).sum(),
     )
-    return paths[torch.where(trade, wanted, affordable)]
+    return paths[torch.where(trade & busy, wanted, affordable)]
 
 
 def sample_cap(cu_seqlens: Tensor, budget: float, num_layers: int) -> Tensor:

@@ -119,6 +119,12 @@ def test_choose_paths_trades_between_samples():
     assert choose_paths(values, paths, offsets, 0.5, 0.1).sum(1).tolist() == [0, 2]
 
 
+def test_samples_without_tokens_do_not_trade():
+    paths = torch.tensor([[0, 0], [1, 1]], dtype=torch.bool)
+    plan = choose_paths(torch.tensor([[0.0, 1.0]]), paths, torch.tensor([0, 0]).int(), 0.5, 0.0)
+    assert not plan.any()
+
+
 def test_admit_stops_at_either_cap():
     priority = torch.tensor([1.0, 3.0, math.nan, 2.0])
     ones, tokens = torch.ones(4, dtype=torch.long), torch.tensor([1, 5, 1, 5])

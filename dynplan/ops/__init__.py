@@ -6,7 +6,6 @@ from dynplan import (
 from dynplan.ops.build_dispatch import Dispatch, build_dispatch
 from dynplan.ops.conditional_encoder_layer import (
     EncoderLayerWeights,
-    PackedEncoderWeights,
     conditional_encoder,
     conditional_encoder_layer,
     pack_encoder_weights,
@@ -20,7 +19,6 @@ __all__ = [
     "EncoderLayerWeights",
     "MinkowskiAccumulator",
     "Packed",
-    "PackedEncoderWeights",
     "RegionStats",
     "build_dispatch",
     "conditional_encoder",

@@ -3,13 +3,13 @@
 Two ways through, one result:
 
 - Inference: one C++ call for a layer, or for the whole planned encoder, on weights packed once
-  (``PackedEncoderWeights``).
+  (:func:`pack_encoder_weights`).
 - Training: a composition of PyTorch operations over the active rows, so that autograd, dropout,
   autocast and double precision work. Taken when a gradient is wanted, when ``dropout``,
   ``attention_dropout`` or ``gates`` are given, and for float64 rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,40 +46,6 @@ class EncoderLayerWeights(NamedTuple):
     down_bias: Tensor  # (H,)
     norm2_weight: Tensor  # (H,)
     norm2_bias: Tensor  # (H,)
-
-
-class PackedEncoderWeights:
-    """One layer's weights in the layout of the kernels, packed again whenever a parameter changed.
-
-    A change shows in a tensor's identity, its storage or its version counter, so optimizer steps,
-    ``load_state_dict`` and ``Module.to`` are noticed. PyTorch keeps no record of a write through
-    ``parameter.data`` or into an inference tensor: call :meth:`invalidate` after one.
-    """
-
-    def __init__(self) -> None:
-        self._packed: tuple | None = None
-
-    def get(self, sources: Sequence[Tensor], weights: Callable[[], EncoderLayerWeights]) -> Tensor:
-        """Packed form of ``weights()``, which is called only when one of ``sources`` changed.
-
-        Args:
-            sources: the parameters the weights are made from: those of the layer, in a fixed order.
-            weights: gathers them, for example by concatenating query, key and value.
-        """
-        version = tuple((s.data_ptr(), 0 if s.is_inference() else s._version) for s in sources)
-        packed = self._packed  # one read and one write of the whole state: safe with several threads
-        if (
-            packed is None
-            or packed[0] != version
-            or any(a is not b for a, b in zip(packed[1], sources, strict=True))
-        ):
-            packed = (version, tuple(sources), pack_encoder_weights(weights()))
-            self._packed = packed
-        return packed[2]
-
-    def invalidate(self) -> None:
-        """Pack again at the next call."""
-        self._packed = None
 
 
 def pack_encoder_weights(weights: EncoderLayerWeights) -> Tensor:
