@@ -15,6 +15,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string_view>
 
 #include "kernels/cpu_isa.h"
 #include "kernels/encoder/packed_weights.h"
@@ -23,6 +25,16 @@
 namespace dynplan::kernels {
 
 enum class Activation { gelu, gelu_tanh, relu, silu };
+
+// By the names of Hugging Face configurations.
+constexpr const char* kActivationNames = "gelu, gelu_new, gelu_pytorch_tanh, relu, silu";
+inline std::optional<Activation> activation_of(std::string_view name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu") return Activation::silu;
+  return std::nullopt;
+}
 
 // How hidden states are stored. Arithmetic is float32 either way.
 enum class RowType { float32, bfloat16 };
@@ -42,7 +54,7 @@ struct ConditionalEncoderParams {
   int64_t heads;              // divides H
   Activation activation;
   float eps;
-  float* workspace;  // encoder_workspace_floats() of them, aligned to 64 bytes
+  float* workspace;  // encoder_workspace_floats() of them
 };
 
 // At most this many active rows are shared out by columns of the weights, more by rows (encoder/layer.h).
@@ -73,8 +85,9 @@ void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
 }
 #endif
 
-inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel) {
-  switch (cpu_isa()) {
+inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel,
+                                CpuIsa isa = cpu_isa()) {
+  switch (isa) {
 #if defined(__x86_64__)
     case CpuIsa::avx512:
       return avx512::conditional_encoder(p, parallel);

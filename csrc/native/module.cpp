@@ -32,4 +32,5 @@ PYBIND11_MODULE(_native, m) {
       "version, compiler and C++ standard this module was built with.");
   dynplan::bind_pack(m);
   dynplan::bind_build_dispatch(m);
+  dynplan::bind_conditional_encoder_layer(m);
 }

@@ -84,14 +84,10 @@ void check_conditional_encoder(const char* op, const at::Tensor& hidden, const a
 }
 
 kernels::Activation parse_activation(const char* op, std::string_view activation) {
-  using kernels::Activation;
-  if (activation == "gelu") return Activation::gelu;
-  if (activation == "gelu_new" || activation == "gelu_pytorch_tanh") return Activation::gelu_tanh;
-  if (activation == "relu") return Activation::relu;
-  if (activation == "silu") return Activation::silu;
-  TORCH_CHECK_VALUE(false, op,
-                    ": expected activation to be one of gelu, gelu_new, gelu_pytorch_tanh, relu, silu, got ",
-                    std::string(activation));
+  const std::optional<kernels::Activation> found = kernels::activation_of(activation);
+  TORCH_CHECK_VALUE(found.has_value(), op, ": expected activation to be one of ", kernels::kActivationNames,
+                    ", got ", std::string(activation));
+  return *found;
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

@@ -1,11 +1,16 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import assert_close_to_exact
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynplan import _native
 from dynplan.ops import (
+    Dispatch,
     EncoderLayerWeights,
+    PackedEncoderWeights,
     build_dispatch,
     conditional_encoder,
     conditional_encoder_layer,
@@ -78,7 +83,8 @@ def test_equals_reference(lengths, heads, head_width, intermediate, layers, acti
     hidden, keep, dispatch, weights = draw_inputs(
         lengths, heads * head_width, intermediate, layers, seed, dtype=dtype
     )
-    ours = check_against_reference(hidden, dispatch, weights, heads, activation)
+    with torch.no_grad():
+        ours = check_against_reference(hidden, dispatch, weights, heads, activation)
     bypassed = ~keep.any(1).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
     assert torch.equal(ours[bypassed], hidden[bypassed])
 
@@ -122,6 +128,146 @@ def test_dropout_touches_active_rows_only():
     assert torch.equal(dropped[:5], hidden[:5]) and not torch.allclose(dropped[5:], plain[5:])
 
 
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_native_equals_reference_on_every_instruction_set(isa, heads, activation):
+    sets = ["baseline", "avx2", "avx512"]
+    if sets.index(isa) > sets.index(_native.cpu_features()["best_isa"]):
+        pytest.skip("not on this CPU")
+    hidden, _, dispatch, weights = draw_inputs([7, 0, 30, 41], 40, 50, 2, 5)
+    packed = [_native.pack_encoder_weights([w.numpy() for w in layer]) for layer in weights]
+    got = _native.conditional_encoder(
+        hidden.numpy(), *(d.numpy() for d in dispatch), packed, heads, activation, isa=isa
+    )
+    theirs = reference.conditional_encoder(hidden, dispatch, weights, heads, activation)
+    exact = reference.conditional_encoder(
+        hidden.double(), dispatch, cast(weights, torch.float64), heads, activation
+    )
+    assert_close_to_exact(torch.from_numpy(got), theirs, exact)
+
+
+def test_bits_depend_on_nothing_but_the_sample():
+    lengths = [5, 40, 1, 33, 64, 20]
+    hidden, keep, dispatch, weights = draw_inputs(lengths, 48, 96, 3, 6)
+    packed = [pack_encoder_weights(w) for w in weights]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(conditional_encoder(hidden, dispatch, None, 4, packed_weights=packed))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+    begin = 0
+    for sample, length in enumerate(lengths):
+        rows = slice(begin, begin + length)
+        alone = build_dispatch(keep[sample : sample + 1], torch.tensor([0, length]).int(), length)
+        got = conditional_encoder(hidden[rows], alone, None, 4, packed_weights=packed)
+        assert torch.equal(got, results[0][rows])
+        begin += length
+
+
+def test_two_threads_at_once():
+    cases = [draw_inputs([5, 80, 3], 32, 64, 3, seed) for seed in range(2)]
+
+    def run(case):
+        hidden, _, dispatch, weights = case
+        return [conditional_encoder(hidden, dispatch, weights, 4) for _ in range(20)]
+
+    alone = [run(case)[0] for case in cases]
+    with ThreadPoolExecutor(2) as pool:
+        for expected, results in zip(alone, pool.map(run, cases), strict=True):
+            assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_permuted_and_sliced_inputs(dtype):
+    hidden, _, dispatch, weights = draw_inputs([4, 6], 16, 24, 2, 8, dtype=dtype)
+    strided = torch.empty(16, 10, dtype=dtype).T.copy_(hidden)
+    moved = type(dispatch)(*(torch.stack([d, d], -1)[..., 0] for d in dispatch))
+    layers = [EncoderLayerWeights(*(torch.stack([w, w], -1)[..., 0] for w in layer)) for layer in weights]
+    plain = conditional_encoder(hidden, dispatch, weights, 2)
+    assert torch.equal(conditional_encoder(strided, moved, layers, 2), plain)
+    packed = [torch.stack([pack_encoder_weights(w)] * 2, -1)[..., 0] for w in weights]
+    assert torch.equal(conditional_encoder(hidden, dispatch, None, 2, packed_weights=packed), plain)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [3, 0, 2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(lengths, dtype):
+    hidden, _, dispatch, weights = draw_inputs(lengths, 8, 20, 2, 2, dtype=dtype)
+    ops = torch.ops.dynplan
+    torch.library.opcheck(ops.pack_encoder_weights.default, (list(weights[0]),))
+    packed = [pack_encoder_weights(w) for w in weights]
+    strided = torch.empty(8, len(hidden), dtype=dtype).T.copy_(hidden)
+    for rows in (hidden, strided):
+        torch.library.opcheck(ops.conditional_encoder.default, (rows, *dispatch, packed, 2, "gelu", 1e-5))
+    torch.library.opcheck(
+        ops.conditional_encoder_layer.default, (hidden, *dispatch.layer(0), packed[0], 2, "relu", 1e-5)
+    )
+
+
+def test_compiles_without_graph_breaks():
+    hidden, _, dispatch, weights = draw_inputs([3, 5], 8, 20, 2, 2)
+    packed = [pack_encoder_weights(w) for w in weights]
+
+    def run(hidden):
+        return conditional_encoder(hidden * 2, dispatch, None, 2, packed_weights=packed) + 1
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(hidden), run(hidden))
+
+
+def test_packed_weights_follow_their_parameters():
+    _, _, _, [weights] = draw_inputs([1], 8, 20, 1, 0)
+    parameters = [torch.nn.Parameter(w) for w in weights]
+    cache, calls = PackedEncoderWeights(), []
+
+    def gather():
+        calls.append(None)
+        return EncoderLayerWeights(*parameters)
+
+    first = cache.get(parameters, gather)
+    assert cache.get(parameters, gather) is first and len(calls) == 1
+    with torch.no_grad():
+        parameters[6].add_(1)
+    second = cache.get(parameters, gather)
+    assert len(calls) == 2 and torch.equal(second, pack_encoder_weights(gather()))
+    parameters[3] = torch.nn.Parameter(torch.zeros(8))
+    assert not torch.equal(cache.get(parameters, gather), second)
+    parameters[3].data.add_(1)  # leaves no trace: the caller says so
+    cache.invalidate()
+    assert torch.equal(cache.get(parameters, gather), pack_encoder_weights(gather()))
+
+
+def test_nan_stays_in_its_sample():
+    hidden, _, _, weights = draw_inputs([3, 4], 16, 24, 1, 0)
+    dispatch = build_dispatch(torch.ones(2, 1).bool(), torch.tensor([0, 3, 7]).int(), 7)
+    clean = conditional_encoder(hidden, dispatch, weights, 2)
+    hidden[1, 5] = float("nan")
+    got = conditional_encoder(hidden, dispatch, weights, 2)
+    assert got[:3].isnan().all() and torch.equal(got[3:], clean[3:])
+
+
+def test_weights_errors():
+    _, _, _, [weights] = draw_inputs([1], 8, 20, 1, 0)
+    for change, error, text in [
+        ({"up_bias": torch.zeros(8)}, ValueError, r"up_bias to have shape \[20\], got \[8\]"),
+        (
+            {"norm1_bias": torch.zeros(8).half()},
+            TypeError,
+            "norm1_bias to be Float like qkv_weight, got Half",
+        ),
+        ({"output_weight": torch.zeros(8)}, ValueError, r"output_weight to have shape \(H, H\), got \[8\]"),
+    ]:
+        with pytest.raises(error, match="pack_encoder_weights: expected " + text):
+            pack_encoder_weights(weights._replace(**change))
+    with pytest.raises(TypeError, match="weights to be float32 or bfloat16, got Double"):
+        pack_encoder_weights(EncoderLayerWeights(*(w.double() for w in weights)))
+
+
+@pytest.mark.parametrize("composed", [False, True])
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -130,8 +276,32 @@ def test_dropout_touches_active_rows_only():
         ({"activation": "mish"}, "activation to be one of gelu, .*, got mish"),
     ],
 )
-def test_errors(change, text):
+def test_errors(change, text, composed):
     hidden, _, dispatch, weights = draw_inputs([2, 1], 8, 4, 1, 0)
     arguments = {"hidden": hidden, "num_heads": 2, "activation": "gelu"} | change
+    arguments["hidden"].requires_grad_(composed)
     with pytest.raises(ValueError, match="conditional_encoder: expected " + text):
         conditional_encoder(dispatch=dispatch, weights=weights, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"rows": torch.zeros(1, 3)}, TypeError, "rows to be int32, got Float"),
+        ({"rows": torch.zeros(1, 4).int()}, ValueError, r"rows to have shape \[1, 3\], got \[1, 4\]"),
+        ({"rows": torch.tensor([[0, 3, 1]]).int()}, ValueError, r"rows in \[0, 3\), got 3 at 1"),
+        ({"counts": torch.tensor([[3, 3]]).int()}, ValueError, "counts to be at most 2 samples and 3 rows"),
+        ({"cu_seqlens": torch.tensor([[0, 5, 3]]).int()}, ValueError, "cu_seqlens to ascend, got 5 then 3"),
+        ({"packed": torch.zeros(80).byte()}, ValueError, "packed_weights to come from pack_encoder_weights"),
+        ({"packed": torch.zeros(80)}, TypeError, "packed_weights to be uint8 .*, got Float"),
+        ({"hidden": torch.zeros(3, 16)}, ValueError, "packed_weights of width 16, got 8"),
+        ({"hidden": torch.zeros(3, 8).half()}, TypeError, "hidden to be float32 or bfloat16, got Half"),
+    ],
+)
+def test_dispatch_errors(change, error, text):
+    hidden, _, _, [weights] = draw_inputs([2, 1], 8, 4, 1, 0)
+    dispatch = build_dispatch(torch.ones(2, 1).bool(), torch.tensor([0, 2, 3]).int(), 3)
+    arguments = {"hidden": hidden, "packed": pack_encoder_weights(weights), **dispatch._asdict()} | change
+    dispatch = Dispatch(*(arguments[name] for name in Dispatch._fields))
+    with pytest.raises(error, match="conditional_encoder: expected " + text):
+        conditional_encoder(arguments["hidden"], dispatch, None, 2, packed_weights=[arguments["packed"]])

@@ -1,11 +1,9 @@
 // The encoder layer from products, attention and norms, and its two ways to share work between threads:
 //
-//   by rows     many rows: a range owns row tiles and carries them from the attention's output to the
-//   layer's, in
-//               blocks whose activations stay in cache; two barriers a layer.
+//   by rows     many rows: a range owns row tiles and carries them from the attention's output to the end of
+//               the layer, in blocks whose activations stay in cache; two barriers a layer.
 //   by columns  few rows (one short text): a range owns panels of each weight, so that no weight is streamed
-//   from
-//               memory twice; a barrier after each product.
+//               from memory twice; a barrier after each product.
 //
 // Included once per instruction set (isa/conditional_encoder_layer_*.cpp).
 #pragma once

@@ -2,6 +2,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <optional>
+#include <string_view>
 #include <utility>
 
 #include "kernels/conditional_encoder_layer.h"

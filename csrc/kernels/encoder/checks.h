@@ -1,0 +1,76 @@
+// What the kernels must be able to trust before they follow pointers: checked by whoever calls them, worded
+// once.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "kernels/encoder/packed_weights.h"
+
+namespace dynplan::kernels {
+
+struct DispatchView {
+  const int32_t* rows;        // (L, T)
+  const int32_t* cu_seqlens;  // (L, B + 1)
+  const int32_t* counts;      // (L, 2)
+  int64_t layers, capacity, samples;
+};
+
+// The most active rows of any layer, or -1 with `problem` set to what was expected and what came.
+inline int64_t check_dispatch(const DispatchView& d, std::string& problem) {
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  int64_t most = 0;
+  for (int64_t layer = 0; layer < d.layers; ++layer) {
+    const int32_t* row = d.rows + layer * d.capacity;
+    const int32_t* offset = d.cu_seqlens + layer * (d.samples + 1);
+    const int32_t sequences = d.counts[2 * layer], active = d.counts[2 * layer + 1];
+    if (sequences < 0 || sequences > d.samples || active < 0 || active > d.capacity) {
+      problem = "counts to be at most " + text(d.samples) + " samples and " + text(d.capacity) +
+                " rows, got " + text(sequences) + " and " + text(active);
+      return -1;
+    }
+    if (offset[0] != 0 || offset[sequences] != active) {
+      problem = "cu_seqlens to run from 0 to " + text(active) + ", got " + text(offset[0]) + " to " +
+                text(offset[sequences]);
+      return -1;
+    }
+    for (int32_t s = 0; s < sequences; ++s)
+      if (offset[s] > offset[s + 1]) {
+        problem = "cu_seqlens to ascend, got " + text(offset[s]) + " then " + text(offset[s + 1]) + " at " +
+                  text(s);
+        return -1;
+      }
+    for (int32_t r = 0; r < active; ++r)
+      if (row[r] < 0 || row[r] >= d.capacity) {
+        problem = "rows in [0, " + text(d.capacity) + "), got " + text(row[r]) + " at " + text(r);
+        return -1;
+      }
+    most = most < active ? active : most;
+  }
+  return most;
+}
+
+// The feed-forward width of a blob for layers of width `hidden_size`, or -1 with `problem` set.
+inline int64_t check_packed(const void* blob, int64_t bytes, int64_t hidden_size, std::string& problem) {
+  PackedHeader header = {};
+  if (bytes >= static_cast<int64_t>(sizeof(header))) std::memcpy(&header, blob, sizeof(header));
+  if (header.magic != kPackedMagic || header.version != kPackedVersion || header.intermediate_size <= 0 ||
+      header.intermediate_size > bytes) {
+    problem = "packed_weights to come from pack_encoder_weights of this version, got other bytes";
+    return -1;
+  }
+  if (header.hidden_size != hidden_size) {
+    problem = "packed_weights of width " + std::to_string(hidden_size) + ", got " +
+              std::to_string(header.hidden_size);
+    return -1;
+  }
+  const int64_t expected = PackedLayout(hidden_size, header.intermediate_size).bytes();
+  if (bytes != expected) {
+    problem = "packed_weights to have " + std::to_string(expected) + " bytes, got " + std::to_string(bytes);
+    return -1;
+  }
+  return header.intermediate_size;
+}
+
+}  // namespace dynplan::kernels
