@@ -10,7 +10,6 @@ from dynplan import _native
 from dynplan.ops import (
     Dispatch,
     EncoderLayerWeights,
-    PackedEncoderWeights,
     build_dispatch,
     conditional_encoder,
     conditional_encoder_layer,
@@ -217,28 +216,6 @@ def test_compiles_without_graph_breaks():
         return conditional_encoder(hidden * 2, dispatch, None, 2, packed_weights=packed) + 1
 
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(hidden), run(hidden))
-
-
-def test_packed_weights_follow_their_parameters():
-    _, _, _, [weights] = draw_inputs([1], 8, 20, 1, 0)
-    parameters = [torch.nn.Parameter(w) for w in weights]
-    cache, calls = PackedEncoderWeights(), []
-
-    def gather():
-        calls.append(None)
-        return EncoderLayerWeights(*parameters)
-
-    first = cache.get(parameters, gather)
-    assert cache.get(parameters, gather) is first and len(calls) == 1
-    with torch.no_grad():
-        parameters[6].add_(1)
-    second = cache.get(parameters, gather)
-    assert len(calls) == 2 and torch.equal(second, pack_encoder_weights(gather()))
-    parameters[3] = torch.nn.Parameter(torch.zeros(8))
-    assert not torch.equal(cache.get(parameters, gather), second)
-    parameters[3].data.add_(1)  # leaves no trace: the caller says so
-    cache.invalidate()
-    assert torch.equal(cache.get(parameters, gather), pack_encoder_weights(gather()))
 
 
 def test_nan_stays_in_its_sample():
