@@ -13,12 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynplan.integrations.weights import PackedLayers
 from dynplan.ops.build_dispatch import build_dispatch
-from dynplan.ops.conditional_encoder_layer import conditional_encoder, conditional_encoder_layer
+from dynplan.ops.conditional_encoder_layer import (
+    attend_packed,
+    conditional_encoder,
+    conditional_encoder_layer,
+)
 from dynplan.policies import PlanRequest, Policy
 
 Gates = Tensor | Callable[..., Tensor]
@@ -122,11 +125,13 @@ class PlannedEncoder:
     def _run_eager(
         self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool
     ) -> EncoderRun:
-        self.refresh()  # an optimizer step usually follows, and some write through parameter.data
+        if torch.is_grad_enabled():
+            self.refresh()  # an optimizer step usually follows, and some write through parameter.data
         hidden = request.hidden
         shape = (request.batch_size, request.num_layers)
         decide = _Decisions(request, policy, gates)
-        rows = _Rows(request)
+        samples = torch.arange(request.batch_size, device=hidden.device)
+        samples = samples.repeat_interleave(request.cu_seqlens.diff())
         plan = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
         states = [hidden] if collect else None
         for index, layer in enumerate(self.layers):
@@ -134,7 +139,7 @@ class PlannedEncoder:
             plan[:, index] = keep
             # A gate with a gradient needs to know what the layer would have done to the samples it closes.
             take = torch.ones_like(keep) if gate is not None and gate.requires_grad else keep
-            hidden = _bypass(partial(_layer_rows, layer), hidden, rows, take, gate)
+            hidden = _bypass(layer, hidden, request.cu_seqlens, samples, take, gate)
             if collect:
                 states.append(hidden)
         return EncoderRun(hidden, plan, states)
@@ -237,68 +242,42 @@ def _check_decision(
         raise ValueError(f"{type(policy).__name__}.{method}: expected {expected}, got {got}")
 
 
-class _Rows:
-    """Where each packed row belongs: its sample and its place within it."""
-
-    def __init__(self, request: PlanRequest) -> None:
-        lengths = request.cu_seqlens.diff().long()
-        samples = torch.arange(request.batch_size, device=request.device)
-        self.lengths = lengths
-        self.longest = int(lengths.max()) if request.batch_size else 0
-        self.sample = samples.repeat_interleave(lengths)
-        self.place = torch.arange(len(self.sample), device=request.device) - request.cu_seqlens[self.sample]
-
-
 def _bypass(
-    layer: Callable[[Tensor, Tensor, Tensor, int], Tensor],
-    hidden: Tensor,
-    rows: _Rows,
-    take: Tensor,
-    gate: Tensor | None,
+    layer: nn.Module, hidden: Tensor, offsets: Tensor, samples: Tensor, take: Tensor, gate: Tensor | None
 ) -> Tensor:
-    """``layer`` on the rows of the samples in ``take``, mixed by ``gate``; all other rows as they came."""
-    take = take & (rows.lengths > 0)
-    active = take[rows.sample].nonzero().squeeze(1)
-    if not active.numel():
-        return hidden
-    sample = rows.sample[active]
-    slot = (take.cumsum(0) - 1)[sample] * rows.longest + rows.place[active]
-    inside = hidden.index_select(0, active)
-    outside = layer(inside, slot, rows.lengths[take], rows.longest).to(hidden.dtype)
-    if gate is not None:
-        share = gate[sample].unsqueeze(1).to(hidden.dtype)
-        outside = share * outside + (1 - share) * inside
-    return hidden.index_copy(0, active, outside)
+    """``layer`` on the rows of the samples in ``take``, mixed by ``gate``; all other rows as they came.
 
-
-def _layer_rows(layer: nn.Module, inside: Tensor, slot: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    run = partial(_layer_forward, layer, slot=slot, lengths=lengths, longest=longest)
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
-        return layer._gradient_checkpointing_func(run, inside)
-    return run(inside)
-
-
-def _layer_forward(layer: nn.Module, inside: Tensor, slot: Tensor, lengths: Tensor, longest: int) -> Tensor:
-    """One Hugging Face encoder layer on packed rows, by its own submodules.
-
-    Attention alone needs sequences: rows go to ``slot`` of a padded buffer ``(samples * longest)`` and back.
+    Args:
+        hidden: ``(T, H)``.
+        offsets: int32 ``(B + 1,)``.
+        samples: ``(T,)``, the sample of each row.
+        take: bool ``(B,)``.
+        gate: float ``(B,)``.
     """
+    dispatch = build_dispatch(take, offsets, hidden.shape[0])
+    sequences, active = dispatch.counts.tolist()
+    if not active:
+        return hidden
+    rows = dispatch.rows[:active]
+    inside = hidden.index_select(0, rows)
+    run = partial(_layer_forward, layer, offsets=dispatch.cu_seqlens[: sequences + 1])
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        outside = layer._gradient_checkpointing_func(run, inside)
+    else:
+        outside = run(inside)
+    outside = outside.to(hidden.dtype)
+    if gate is not None:
+        share = gate[samples[rows]].unsqueeze(1).to(hidden.dtype)
+        outside = share * outside + (1 - share) * inside
+    return hidden.index_copy(0, rows.long(), outside)
+
+
+def _layer_forward(layer: nn.Module, inside: Tensor, offsets: Tensor) -> Tensor:
+    """One Hugging Face encoder layer on packed rows, by its own submodules; attention alone needs
+    sequences."""
     attention = layer.attention.self
-    heads = attention.num_attention_heads
-
-    def spread(rows: Tensor) -> Tensor:
-        padded = rows.new_zeros(len(lengths) * longest, rows.shape[1]).index_copy(0, slot, rows)
-        return padded.view(len(lengths), longest, heads, -1).transpose(1, 2)
-
-    query, key, value = (spread(part(inside)) for part in (attention.query, attention.key, attention.value))
-    tokens = torch.arange(longest, device=inside.device) < lengths.unsqueeze(1)
-    context = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=tokens[:, None, None, :],
-        dropout_p=attention.dropout.p if attention.training else 0.0,
-    )
-    context = context.transpose(1, 2).reshape(len(lengths) * longest, -1).index_select(0, slot)
+    parts = [part(inside) for part in (attention.query, attention.key, attention.value)]
+    dropout = attention.dropout.p if attention.training else 0.0
+    context = attend_packed(torch.cat(parts, 1), offsets, attention.num_attention_heads, dropout)
     attended = layer.attention.output(context, inside)
     return layer.output(layer.intermediate(attended), attended)

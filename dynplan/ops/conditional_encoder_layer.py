@@ -204,7 +204,7 @@ def _compose_layer(
     x = hidden.index_select(0, rows)
 
     qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias)
-    context = _attend(qkv, dispatch.cu_seqlens[: sequences + 1], num_heads, attention_dropout)
+    context = attend_packed(qkv, dispatch.cu_seqlens[: sequences + 1], num_heads, attention_dropout)
     branch = F.linear(context, weights.output_weight, weights.output_bias)
     y = x + F.dropout(branch, dropout)
     y = F.layer_norm(y, (width,), weights.norm1_weight, weights.norm1_bias, eps)
@@ -218,7 +218,7 @@ def _compose_layer(
     return hidden.index_copy(0, rows, y.to(hidden.dtype))
 
 
-def _attend(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, dropout: float) -> Tensor:
+def attend_packed(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, dropout: float) -> Tensor:
     """Attention of the packed rows (N, 3H), padded to the longest active sequence for one SDPA call."""
     lengths = cu_seqlens.diff()
     lengths = lengths[lengths > 0]  # a sequence without rows would be a softmax over nothing
