@@ -240,7 +240,7 @@ def test_weights_errors():
     ]:
         with pytest.raises(error, match="pack_encoder_weights: expected " + text):
             pack_encoder_weights(weights._replace(**change))
-    with pytest.raises(TypeError, match="weights to be float32 or bfloat16, got Double"):
+    with pytest.raises(TypeError, match="weights to be float32 or bfloat16 .*, got Double"):
         pack_encoder_weights(EncoderLayerWeights(*(w.double() for w in weights)))
 
 
