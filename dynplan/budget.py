@@ -113,8 +113,8 @@ def choose_paths(
     # says.
     values = values.float().nan_to_num(nan=-3e38, posinf=3e38, neginf=-3e38)
     affordable = values.masked_fill(sizes > whole_layers(budget, num_layers), -math.inf).argmax(1)
-    if price is None:
-        return paths[affordable]
+    if price is None or batch_size == 1:
+        return paths[affordable]  # nobody to trade with
     wanted = (values - price * sizes).argmax(1)
     lengths = cu_seqlens.diff().long()
     busy = lengths > 0  # samples without tokens neither spend nor save

@@ -332,10 +332,14 @@ class PlannerPolicy(_BudgetPolicy):
     def keep(self, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> Tensor:
         budget = self.budget_of(request)
         scores = self._on(request.device)(layer, hidden, request.cu_seqlens, budget)
-        lengths = request.cu_seqlens.diff()
         if budget >= 1:
             return torch.ones_like(scores, dtype=torch.bool)
-        wanted = (scores >= self.planner.threshold(budget)) & (lengths > 0)
+        wanted = scores >= self.planner.threshold(budget)
+        if len(scores) == 1:
+            # As in within_budget: one sample's tokens and layers come to the same.
+            return wanted & (plan.sum() < whole_layers(budget, plan.numel()))
+        lengths = request.cu_seqlens.diff()
+        wanted &= lengths > 0
         samples = sample_cap(request.cu_seqlens, budget, request.num_layers) - plan.sum()
         tokens = token_cap(request.cu_seqlens, budget, request.num_layers)
         tokens = tokens - (plan * lengths.unsqueeze(1)).sum()
