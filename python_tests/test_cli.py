@@ -6,8 +6,6 @@ import pytest
 from typer.testing import CliRunner
 
 from dynplan import cli
-from dynplan.commands.bench import find_bench
-from dynplan.commands.microbench import time_in_turn
 
 pytest_plugins = ["training.conftest"]
 RUN = CliRunner()
@@ -41,11 +39,17 @@ def test_env_prints_what_a_report_needs():
         assert name in text
 
 
-def test_bench_is_found_in_a_checkout_and_times_in_turn():
-    assert find_bench() is None or any(find_bench().glob("bench_*.py"))
-    calls = []
-    times = time_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0)
-    assert calls[:6] == list("ababab") and len(times[0]) == len(times[1]) == 5
+def test_bench_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynplan.commands.bench.find_bench", lambda: None)
+    done = invoke("bench", "--rounds", 1)
+    assert done.exit_code == 0, done.output
+    assert "dynplan keep-all" in done.output
+
+
+def test_bench_in_a_checkout(tmp_path):
+    (tmp_path / "bench_one.py").write_text("def test_one(benchmark):\n    assert benchmark(lambda: 3) == 3\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\n")
+    assert invoke("bench", "--folder", tmp_path).exit_code == 0
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def command(
     folder: Annotated[
         Path | None, typer.Option(help="The checkout's bench/ [default: found beside dynplan].")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Without bench/: time spent per contestant.")] = 2.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Without bench/: timed calls of each contestant.")] = 20,
 ) -> None:
     """Time ops and whole models beside their rivals; every result is checked before it is timed."""
     folder = folder or find_bench()
@@ -27,7 +27,7 @@ def command(
         raise typer.Exit(subprocess.run(order, cwd=folder.parent).returncode)
     from dynplan.commands.microbench import run_microbench
 
-    run_microbench(seconds)
+    run_microbench(rounds)
 
 
 def find_bench() -> Path | None:

@@ -40,6 +40,8 @@ def command(
     search_rows: Annotated[
         int, typer.Option(min=1, help="Held-out training rows that fixed subsets are ranked on.")
     ] = 256,
+    search_swaps: Annotated[int, typer.Option(min=0, help="Exchanges tried per size of fixed subset.")] = 16,
+    menu_size: Annotated[int, typer.Option(min=2, help="Paths that a values planner chooses from.")] = 12,
     seed: Annotated[int, typer.Option()] = 0,
     bf16: Annotated[
         bool, typer.Option(help="Train under bfloat16 autocast: faster where the processor has it.")
@@ -66,6 +68,8 @@ def command(
         max_length=max_length,
         planner_rows=planner_rows,
         search_rows=search_rows,
+        search_swaps=search_swaps,
+        menu_size=menu_size,
         seed=seed,
         bf16=bf16,
     )

@@ -1,45 +1,30 @@
 """Timings that need no checkout: ops beside their references, a small encoder beside Hugging Face's."""
 
-import time
 from collections.abc import Callable
-from statistics import quantiles
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import dynplan
-from dynplan import reference
+from dynplan.benchmarking import environment, interleave
 from dynplan.policies import KeepAll, RandomPath
-
-
-def run_microbench(seconds: float) -> None:
-    """Check, then time in turn, and print p20/p50/p80 in milliseconds; about ``seconds`` per contestant."""
-    table = Table(title=f"CPU, {torch.get_num_threads()} threads, float32, torch {torch.__version__}")
-    for name in ("what", "contestant", "p20 ms", "p50 ms", "p80 ms", "ratio"):
-        table.add_column(name, justify="left" if name in ("what", "contestant") else "right")
-    for what, contestants in (_ops() | _encoder()).items():
-        times = time_in_turn(contestants, seconds)
-        base = quantiles(times[0], n=10)[4]
-        for name, own in zip(contestants, times, strict=True):
-            cuts = quantiles(own, n=10)
-            table.add_row(what, name, *(f"{1e3 * cuts[i]:.3f}" for i in (1, 4, 7)), f"{cuts[4] / base:.2f}")
-    Console().print(table)
+from dynplan.reference import pack as reference
 
 
 @torch.inference_mode()
-def time_in_turn(contestants: dict[str, Callable[[], object]], seconds: float) -> list[list[float]]:
-    """Seconds of every call, contestants called one after the other, round and round."""
-    times: list[list[float]] = [[] for _ in contestants]
-    for run in contestants.values():
-        run()
-    stop = time.perf_counter() + seconds * len(contestants)
-    while time.perf_counter() < stop or len(times[0]) < 5:
-        for run, own in zip(contestants.values(), times, strict=True):
-            start = time.perf_counter()
-            run()
-            own.append(time.perf_counter() - start)
-    return times
+def run_microbench(rounds: int) -> None:
+    """Check, then time in turn, and print p20/p50/p80 in ms and the ratio to the first of each group."""
+    where = environment()
+    table = Table(title=f"{where['device']}, {where['threads']} threads, float32, torch {where['torch']}")
+    for name in ("what", "contestant", "p20 ms", "p50 ms", "p80 ms", "ratio"):
+        table.add_column(name, justify="left" if name in ("what", "contestant") else "right")
+    for what, contestants in (_ops() | _encoder()).items():
+        timings = interleave(contestants, rounds=rounds)
+        base = next(iter(timings.values())).p50
+        for name, timing in timings.items():
+            table.add_row(what, name, *(f"{1e3 * cut:.3f}" for cut in timing[:3]), f"{timing.p50 / base:.2f}")
+    Console().print(table)
 
 
 def _ops() -> dict[str, dict[str, Callable[[], object]]]:

@@ -5,8 +5,9 @@ model.
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import fmean, median, pstdev
+from statistics import fmean, pstdev
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
+from dynplan.benchmarking import interleave
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.training.data import EncodedDataset, InputError, Task
 from dynplan.training.predict import make_batches, predict
@@ -52,6 +54,10 @@ class _Contestant:
         if self.policies[index] is not None:
             self.model.dynplan.budget = None
             self.model.dynplan.policy = self.policies[index]
+
+    def run(self, batch: dict) -> None:
+        self.arm()
+        self.model(**batch)
 
 
 def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]]:
@@ -152,24 +158,18 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
     for batch_size in batch_sizes:
         drawn = dataset.sample(24 if batch_size == 1 else 3 * batch_size, seed=1)
         batches = make_batches(drawn, tokenizer, batch_size)
-        inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
-        times: list[list[list[float]]] = [[[] for _ in inputs] for _ in entrants]
-        stop, rounds = time.perf_counter() + seconds / len(batch_sizes), 0
-        bar = tqdm(desc=f"latency, batch {batch_size}", disable=not progress)
-        while rounds < 3 or (time.perf_counter() < stop and rounds < 50):
-            for contestant, own in zip(entrants, times, strict=True):
-                contestant.arm()
-                contestant.model.eval()
-                for batch, measured in zip(inputs, own, strict=True):
-                    start = time.perf_counter()
-                    contestant.model(**batch)
-                    measured.append(time.perf_counter() - start)
-            rounds += 1
-            bar.update()
-        bar.close()
-        for row, own in zip(rows, times, strict=True):
-            # The first round is the warm-up.
-            row.latency_ms[str(batch_size)] = 1e3 * sum(median(each[1:]) for each in own) / len(drawn)
+        for row in rows:
+            row.latency_ms[str(batch_size)] = 0.0
+        for batch in tqdm(batches, desc=f"latency, batch {batch_size}", disable=not progress):
+            batch.pop("labels")
+            calls = {index: partial(entrant.run, batch) for index, entrant in enumerate(entrants)}
+            start = time.perf_counter()
+            interleave(calls, rounds=1, warmup=0)
+            once = time.perf_counter() - start
+            share = seconds / len(batch_sizes) / len(batches)
+            timings = interleave(calls, rounds=min(50, max(3, int(share / once))), warmup=0)
+            for index, row in enumerate(rows):
+                row.latency_ms[str(batch_size)] += 1e3 * timings[index].p50 / len(drawn)
 
 
 def _rival_scores(model, static, batches, task, rows: list[Row]) -> None:

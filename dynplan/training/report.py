@@ -1,15 +1,13 @@
 """The report folder: report.md, paths.png, tradeoff.png, results.json; and the same table for a terminal."""
 
 import json
-import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.table import Table
 
+from dynplan.benchmarking import environment
 from dynplan.training.data import Task
 from dynplan.training.evaluate import Row
 
@@ -94,23 +92,6 @@ def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
             f"{samples} samples, standard error about {margin:.3f})."
         )
     return sentences
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": "float32",
-    }
 
 
 def _pyplot():
@@ -229,14 +210,14 @@ def write_report(
         pictures.append(f"![Paths at budget {budget:g}]({name})")
     draw_tradeoff(task, rows, folder / "tradeoff.png")
     words = verdict(task, rows, samples)
-    where = machine()
+    where = environment()
     text = [
         f"# {title}",
         intro,
         markdown_table(task, rows),
-        f"Latency: medians, contestants timed in turn, on {where['processor']}, {where['threads']} threads,"
-        f" torch {where['torch']}, {where['dtype']}; the forward alone, without tokenizing. Random paths:"
-        " mean and standard deviation over three seeds.",
+        f"Latency: medians, contestants timed in turn, on {where['device']} ({where['isa']}),"
+        f" {where['threads']} threads, torch {where['torch']}, float32; the forward alone, without tokenizing."
+        " Random paths: mean and standard deviation over three seeds.",
         "## Does the planner pay?",
         "\n".join(f"- {sentence}" for sentence in words),
         "## Score against time",
