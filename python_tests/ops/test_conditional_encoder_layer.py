@@ -270,7 +270,7 @@ def test_errors(change, text, composed):
         ({"counts": torch.tensor([[3, 3]]).int()}, ValueError, "counts to be at most 2 samples and 3 rows"),
         ({"cu_seqlens": torch.tensor([[0, 5, 3]]).int()}, ValueError, "cu_seqlens to ascend, got 5 then 3"),
         ({"packed": torch.zeros(80).byte()}, ValueError, "packed_weights to come from pack_encoder_weights"),
-        ({"packed": torch.zeros(80)}, TypeError, "packed_weights to be uint8 .*, got Float"),
+        ({"packed": torch.zeros(80)}, TypeError, "packed_weights .* to be Byte, got Float"),
         ({"hidden": torch.zeros(3, 16)}, ValueError, "packed_weights of width 16, got 8"),
         ({"hidden": torch.zeros(3, 8).half()}, TypeError, "hidden to be float32 or bfloat16, got Half"),
     ],

@@ -57,8 +57,6 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
   std::vector<const void*> packed;
   int64_t intermediate = 0;
   for (const at::Tensor& blob : packed_weights) {
-    TORCH_CHECK_TYPE(blob.scalar_type() == at::kByte, op,
-                     ": expected packed_weights to be uint8 of pack_encoder_weights, got ", blob.scalar_type());
     blobs.push_back(blob.contiguous());
     packed.push_back(blobs.back().const_data_ptr());
     const int64_t width = kernels::check_packed(packed.back(), blob.numel(), hidden.size(1), problem);
