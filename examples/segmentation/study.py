@@ -13,7 +13,7 @@ from .train import LossOptions, Settings, describe, fit
 CROSS_ENTROPY = LossOptions("cross-entropy")
 REGION = LossOptions()
 PLAIN_MEAN = REGION._replace(p=1.0)
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 class Job(NamedTuple):
@@ -43,7 +43,7 @@ def learning_rate_jobs(settings: Settings) -> list[Job]:
 def main_jobs(settings: Settings, rates: dict[str, float], seeds: int) -> list[Job]:
     """Plain cross-entropy, the region loss with its defaults, and the region loss with a plain mean."""
     return [
-        Job("main", loss, settings._replace(learning_rate=rates[loss.kind]), seed)
+        Job("main", loss, settings._replace(learning_rate=rate_for(loss, rates)), seed)
         for seed in range(seeds)
         for loss in (CROSS_ENTROPY, REGION, PLAIN_MEAN)
     ]
@@ -68,8 +68,8 @@ def ablation_losses(base: LossOptions) -> list[LossOptions]:
 def ablation_jobs(
     part: str, base: LossOptions, settings: Settings, rates: dict[str, float], seeds: int
 ) -> list[Job]:
-    """All with the learning rate chosen for the defaults."""
-    settings = settings._replace(learning_rate=rates[base.kind])
+    """One factor changed at a time from ``base``, at the learning rate of ``base``."""
+    settings = settings._replace(learning_rate=rate_for(base, rates))
     return [Job(part, loss, settings, seed) for seed in range(seeds) for loss in ablation_losses(base)]
 
 
@@ -91,6 +91,11 @@ def chosen_rates(rows: list[dict]) -> dict[str, float]:
             f"expected learning-rate runs of both kinds of loss, got none of {', '.join(missing)}"
         )
     return {kind: rate for kind, (_, rate) in best.items()}
+
+
+def rate_for(loss: LossOptions, rates: dict[str, float]) -> float:
+    """A plain mean spreads the gradient as cross-entropy does, and takes the rate chosen for that."""
+    return rates[CROSS_ENTROPY.kind if loss.p == 1 else loss.kind]
 
 
 def weights_path(output: Path, loss: LossOptions, seed: int) -> Path:
