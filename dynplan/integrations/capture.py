@@ -114,6 +114,21 @@ class CapturedModel:
             self.model.dynplan.note_plan(plan[:batch_size].clone())
             return _cut(output, batch_size, length)
 
+    @torch.no_grad()
+    def replay(self) -> Any:
+        """Replays the graph of the latest call on the inputs of that call: what there is to time.
+
+        Returns:
+            The output for the captured shape, which the next call overwrites.
+
+        Raises:
+            RuntimeError: there is no graph, see :attr:`reason`.
+        """
+        if self.reason is not None:
+            raise RuntimeError(f"capture: expected a graph to replay, got none: {self.reason}")
+        with self._lock, self._turn():
+            return next(reversed(self._graphs.values())).graph.replay()[0]
+
     def _check(self, given: dict[str, Tensor]) -> tuple[int, int]:
         shape = given["input_ids"].shape
         if len(shape) != 2:
@@ -148,14 +163,15 @@ class CapturedModel:
         self._plan = torch.zeros(self.batch_size, layers, dtype=torch.bool, device=self._device)
 
     def _fill(self, given: dict[str, Tensor], batch_size: int, length: int) -> None:
-        padding = getattr(self.model.config, "pad_token_id", None) or 0
+        # What an earlier call left elsewhere is padding by the mask, and ids that are no longer asked for do
+        # no harm: only the mask is cleared as a whole.
+        self._inputs["attention_mask"].zero_()
         for name, still in self._inputs.items():
-            still.fill_(padding if name == "input_ids" else 0)
             part = still[:batch_size, :length]
             if name in given:
                 part.copy_(given[name], non_blocking=True)
-            elif name == "attention_mask":
-                part.fill_(1)
+            else:
+                part.fill_(name == "attention_mask")
 
     def _plan_outside(self, batch_size: int, length: int) -> None:
         """Lets a policy that reads no hidden states plan the real batch, as it would without a graph."""

@@ -179,6 +179,12 @@ def test_results_are_copies(device):
     assert torch.equal(first, before)
 
 
+def test_replay_repeats_the_latest_call(device):
+    captured = dynplan.capture(swapped(device), 6, 12)
+    logits = captured(**to(device, batch())).logits
+    assert torch.equal(captured.replay().logits[: len(logits)], logits)
+
+
 def test_cpu_calls_the_model_and_says_so_once():
     model = swapped(policy=RandomPath(0.5))
     with pytest.warns(
@@ -186,6 +192,8 @@ def test_cpu_calls_the_model_and_says_so_once():
     ):
         captured = dynplan.capture(model, 6, 12)
     assert "CUDA device" in captured.reason
+    with pytest.raises(RuntimeError, match="capture: expected a graph to replay, got none: CUDA graphs need"):
+        captured.replay()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.dynplan.policy = KeepAll()
