@@ -123,18 +123,17 @@ def draw_paths(plan: np.ndarray, lengths: np.ndarray, budget: float, place: Path
     main.set_yticks(range(layers), [f"layer {i}" for i in range(layers)])
     main.set_xlabel(f"{len(plan)} sentences, ordered by path")
     distinct = len(np.unique(plan, axis=0))
-    main.set_title(
-        f"Budget {budget:g}: {distinct} different paths, {plan.mean():.0%} of layers run", loc="left"
-    )
+    paths = "one path for all" if distinct == 1 else f"{distinct} different paths"
+    main.set_title(f"Budget {budget:g}: {paths}, {plan.mean():.0%} of layers run", loc="left")
     main.set_yticks(np.arange(layers) - 0.5, minor=True)
     main.grid(axis="y", which="minor", color="white", linewidth=2)
-    main.tick_params(which="minor", length=0)
     side.barh(range(layers), plan.mean(0), color="#0072B2")
     side.set_xlim(0, 1)
     side.set_xticks((0, 0.5, 1), ("0", "50 %", "100 %"))
     side.set_title("kept by", loc="left")
     for axis in (main, side):
         axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", which="both", length=0)
     figure.savefig(place, dpi=_DPI)
     plt.close(figure)
 
@@ -180,7 +179,8 @@ def draw_tradeoff(task: Task, rows: list[Row], place: Path) -> None:
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(task.metric)
-    axes[0][-1].legend(loc="lower right", frameon=False)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     figure.savefig(place, dpi=_DPI)
     plt.close(figure)
 
@@ -216,7 +216,7 @@ def write_report(
         intro,
         markdown_table(task, rows),
         f"Latency: medians, contestants timed in turn, on {where['device']} ({where['isa']}),"
-        f" {where['threads']} threads, torch {where['torch']}, float32; the forward alone, without tokenizing."
+        f" {where['threads']} threads, torch {where['torch']}, float32; the forward alone, not tokenizing."
         " Random paths: mean and standard deviation over three seeds.",
         "## Does the planner pay?",
         "\n".join(f"- {sentence}" for sentence in words),
