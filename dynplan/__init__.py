@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dynplan import _library, ops
+from dynplan import _library, nn, ops, policies
 
 if TYPE_CHECKING:
     from dynplan.integrations.capture import capture
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dynplan.integrations.transformers import swap, unswap
 
 __version__ = _library.build_info()["version"]
-__all__ = ["capture", "from_pretrained", "ops", "swap", "unswap"]
+__all__ = ["capture", "from_pretrained", "nn", "ops", "policies", "swap", "unswap"]
 
 # Loaded on first use: transformers takes longer to import than all of dynplan.
 _LAZY = {
