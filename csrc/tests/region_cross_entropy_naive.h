@@ -66,7 +66,8 @@ class NaiveRegion {
       if (y < 0) return;
       const int64_t at = n * anchors + anchor;
       double s = grad_value;
-      if (mean) s *= out.value > 0 ? std::pow(out.losses[at] / out.value, p_.p - 1) / out.normalizer : 0;
+      if (mean)
+        s *= out.value > 0 || p_.p == 1 ? std::pow(out.losses[at] / out.value, p_.p - 1) / out.normalizer : 0;
       scatter(n, y, gather(n, pixel, y), s, probs ? 0 : out.lse[at], out.grad_input);
     });
     return out;

@@ -12,6 +12,7 @@ from dynplan.ops.conditional_encoder_layer import (
 )
 from dynplan.ops.pack import Packed, pack, unpack
 from dynplan.ops.region_cross_entropy import RegionStats, region_cross_entropy, region_cross_entropy_stats
+from dynplan.ops.region_cross_entropy_upsampled import region_cross_entropy_upsampled
 from dynplan.ops.region_minkowski import MinkowskiAccumulator
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "pack_encoder_weights",
     "region_cross_entropy",
     "region_cross_entropy_stats",
+    "region_cross_entropy_upsampled",
     "unpack",
 ]

@@ -1,6 +1,6 @@
 """Region (adaptive-pooling) cross-entropy: the loss of windows of one category, fused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from dynplan.ops.region_minkowski import mean_over_ranks
 
 _region_cross_entropy = torch.ops.dynplan.region_cross_entropy.default
+_region_cross_entropy_upsampled = torch.ops.dynplan.region_cross_entropy_upsampled.default
 
 
 class RegionStats(NamedTuple):
@@ -100,22 +101,10 @@ def region_cross_entropy(
         IndexError: on CPU, a label neither in ``0..C-1`` nor ignored. On CUDA that is a device-side
             assertion, as in PyTorch's own losses.
     """
-    target = without_channel(input, target)
-    options = op_options(
-        input,
-        kernel_size,
-        stride,
-        spacing,
-        sigma,
-        p,
-        merge,
-        normalize,
-        ignore_index,
-        label_smoothing,
-        reduction,
-    )
-    outputs = _region_cross_entropy(input, target, acc_weight(input, weight), *options, False)
-    return reduced(outputs, reduction, p, process_group).loss
+    return run(
+        None, False, process_group, input, target, weight, kernel_size, stride, spacing, sigma, p, merge,
+        normalize, ignore_index, label_smoothing, reduction,
+    ).loss  # fmt: skip
 
 
 def region_cross_entropy_stats(
@@ -133,60 +122,40 @@ def region_cross_entropy_stats(
     reduction: str = "mean",
     spacing: float | Sequence[float] = 1.0,
     process_group=None,
+    align_corners: bool | None = None,
 ) -> RegionStats:
-    """:func:`region_cross_entropy` and its diagnostics from the same pass; arguments and errors are the same.
+    """:func:`region_cross_entropy` with its diagnostics from the same pass; arguments and errors are the
+    same.
 
-    With ``process_group`` the loss is that of all ranks; the diagnostics are this rank's.
+    With ``process_group`` the loss is that of all ranks, the diagnostics are this rank's. ``align_corners``:
+    None for logits at the labels' resolution, a bool for
+    :func:`~dynplan.ops.region_cross_entropy_upsampled`.
     """
-    target = without_channel(input, target)
-    options = op_options(
-        input,
-        kernel_size,
-        stride,
-        spacing,
-        sigma,
-        p,
-        merge,
-        normalize,
-        ignore_index,
-        label_smoothing,
-        reduction,
-    )
-    outputs = _region_cross_entropy(input, target, acc_weight(input, weight), *options, True)
-    return reduced(outputs, reduction, p, process_group)
+    return run(
+        align_corners, True, process_group, input, target, weight, kernel_size, stride, spacing, sigma, p,
+        merge, normalize, ignore_index, label_smoothing, reduction,
+    )  # fmt: skip
 
 
-def without_channel(input: Tensor, target: Tensor) -> Tensor:
-    """(N, 1, *spatial) labels as (N, *spatial)."""
-    return target.squeeze(1) if target.dim() == input.dim() and target.shape[1] == 1 else target
-
-
-def acc_weight(input: Tensor, weight: Tensor | None) -> Tensor | None:
-    """Class weights in the accumulation type: C numbers, whatever autocast made of them."""
-    return (
-        None
-        if weight is None
-        else weight.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-    )
-
-
-def op_options(
-    input, kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction
-) -> tuple:
-    """The OPTIONS of the schemas, one value per spatial axis."""
+def run(
+    align_corners, agreement, process_group, input, target, weight, kernel_size, stride, spacing, sigma, p,
+    merge, normalize, ignore_index, label_smoothing, reduction,
+) -> RegionStats:  # fmt: skip
+    """Calls the op, or its upsampled twin unless ``align_corners`` is None, in the schemas' terms."""
+    op = "region_cross_entropy" if align_corners is None else "region_cross_entropy_upsampled"
     if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f"region_cross_entropy: expected reduction to be 'mean', 'sum' or 'none', got {reduction!r}"
-        )
+        raise ValueError(f"{op}: expected reduction to be 'mean', 'sum' or 'none', got {reduction!r}")
+    if process_group is not None and reduction != "mean":
+        raise ValueError(f"{op}: expected reduction to be 'mean' with process_group, got {reduction!r}")
     axes = max(input.dim() - 2, 0)
-
-    def per_axis(value, number: Callable) -> list:
-        return [number(v) for v in value] if isinstance(value, Sequence) else [number(value)] * axes
-
-    return (
-        per_axis(kernel_size, int),
-        per_axis(stride, int),
-        per_axis(spacing, float),
+    if target.dim() == input.dim() and target.shape[1] == 1:
+        target = target.squeeze(1)
+    if weight is not None:  # C numbers in the accumulation type, whatever autocast made of them
+        weight = weight.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
+    options = (
+        _per_axis(kernel_size, axes, int),
+        _per_axis(stride, axes, int),
+        _per_axis(spacing, axes, float),
         float(sigma),
         float(p),
         merge,
@@ -194,22 +163,25 @@ def op_options(
         list(ignore_index) if isinstance(ignore_index, Sequence) else [ignore_index],
         float(label_smoothing),
         "sum" if reduction == "sum" else "mean",
+        agreement,
     )
+    if align_corners is None:
+        outputs = _region_cross_entropy(input, target, weight, *options)
+    else:
+        outputs = _region_cross_entropy_upsampled(input, target, weight, align_corners, *options)
+    loss, normalizer, losses, _, counts = outputs
+    if reduction == "none":
+        loss = losses
+    elif process_group is not None:
+        loss = mean_over_ranks(loss, normalizer, p, process_group)
+    return RegionStats(loss, normalizer, losses, counts)
 
 
-def reduced(outputs: tuple[Tensor, ...], reduction: str, p: float, process_group) -> RegionStats:
-    """The op's outputs (value, normalizer, losses, lse, agreement) as ``reduction`` wants them."""
-    value, normalizer, losses, _, agreement = outputs
-    if process_group is not None:
-        if reduction != "mean":
-            raise ValueError(
-                f"region_cross_entropy: expected reduction to be 'mean' with process_group, got {reduction!r}"
-            )
-        value = mean_over_ranks(value, normalizer, p, process_group)
-    return RegionStats(losses if reduction == "none" else value, normalizer, losses, agreement)
+def _per_axis(value, axes: int, number: type) -> list:
+    return [number(v) for v in value] if isinstance(value, Sequence) else [number(value)] * axes
 
 
-def register(op: str, extra: int) -> None:
+def _register(op: str, extra: int) -> None:
     """Fake and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
     OPTIONS."""
     backward_op = getattr(torch.ops.dynplan, f"_{op}_backward").default
@@ -272,4 +244,5 @@ def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None
     )
 
 
-register("region_cross_entropy", extra=0)
+_register("region_cross_entropy", extra=0)
+_register("region_cross_entropy_upsampled", extra=1)

@@ -78,6 +78,11 @@ class MinkowskiAccumulator:
         self._reference: Tensor | None = None
         self._sums: Tensor | None = None
 
+    @property
+    def started(self) -> bool:
+        """Whether anything was added since the last :meth:`finish`."""
+        return self._sums is not None
+
     def add(self, loss: Tensor, normalizer: Tensor) -> Tensor:
         """Takes one micro-batch in and returns the scalar to call ``backward()`` on.
 
@@ -86,7 +91,7 @@ class MinkowskiAccumulator:
             normalizer: () its normaliser, as :class:`~dynplan.ops.RegionStats` gives it.
         """
         local, normalizer = loss.detach().double(), normalizer.detach().double()
-        if self._reference is None:
+        if not self.started:
             # Any common scale will do as long as it is the same on every rank; the first loss keeps powers
             # near 1.
             self._reference = torch.where(local > 0, local, 1)
@@ -100,7 +105,7 @@ class MinkowskiAccumulator:
     def finish(self, parameters: Iterable[Tensor]) -> Tensor:
         """Scales the gradients of ``parameters`` and returns the () mean over everything added; starts
         afresh."""
-        if self._sums is None:
+        if not self.started:
             raise RuntimeError("MinkowskiAccumulator: expected add before finish")
         ranks = 1
         if self.process_group is not None:

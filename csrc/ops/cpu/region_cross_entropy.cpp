@@ -1,49 +1,105 @@
 #include "ops/region_cross_entropy.h"
 
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "tests/region_cross_entropy_naive.h"
+#include "kernels/region_cross_entropy_cpu.h"
+#include "ops/cpu/parallel.h"
 
 namespace dynplan {
 namespace {
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 using OptionalTensor = std::optional<at::Tensor>;
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using std::string_view;
 
-struct Dense {
-  at::Tensor input, target, weight;
-  kernels::RegionCrossEntropyParams params;
-  Dense(const at::Tensor& i, const at::Tensor& t, const OptionalTensor& w, const RegionOptions& o)
-      : params(region_cross_entropy_params("region_cross_entropy", i, t, w, {}, o)) {
-    input = i.to(at::kDouble).contiguous();
-    target = t.to(at::kLong).contiguous();
-    params.input = input.data_ptr();
-    params.target = target.data_ptr();
-    if (w) params.class_weight = (weight = w->to(at::kDouble).contiguous()).data_ptr();
+constexpr const char* kName = "region_cross_entropy";
+constexpr const char* kUpsampledName = "region_cross_entropy_upsampled";
+
+// Params with the class weights attached; `keep` owns them.
+kernels::RegionCrossEntropyParams cpu_params(const char* op, const at::Tensor& input,
+                                             const at::Tensor& target, const OptionalTensor& weight,
+                                             std::optional<bool> align_corners, const RegionOptions& options,
+                                             at::Tensor& keep) {
+  kernels::RegionCrossEntropyParams params =
+      region_cross_entropy_params(op, input, target, weight, align_corners, options);
+  if (weight) {
+    keep = weight->contiguous();
+    params.class_weight = keep.const_data_ptr();
   }
-};
+  return params;
+}
+
+Outputs forward(const char* op, const at::Tensor& input, const at::Tensor& target,
+                const OptionalTensor& weight, std::optional<bool> align_corners, const RegionOptions& options,
+                bool agreement) {
+  at::Tensor keep;
+  const auto params = cpu_params(op, input, target, weight, align_corners, options, keep);
+  RegionOutputs out = region_cross_entropy_outputs(params, input, target, agreement);
+  const kernels::RegionBadLabel bad =
+      kernels::region_cross_entropy_kernels(kernels::cpu_isa())
+          .forward(params,
+                   {.losses = out.losses.mutable_data_ptr(),
+                    .lse = out.lse.mutable_data_ptr(),
+                    .agreement = agreement ? out.agreement.mutable_data_ptr<int16_t>() : nullptr,
+                    .value = out.value.mutable_data_ptr(),
+                    .normalizer = out.normalizer.mutable_data_ptr<double>()},
+                   at_parallel);
+  TORCH_CHECK_INDEX(!bad.found, op, ": expected target to be in 0..", params.classes - 1,
+                    " or an ignored label, got ", bad.value);
+  return {out.value, out.normalizer, out.losses, out.lse, out.agreement};
+}
+
+at::Tensor backward(const char* op, const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
+                    const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                    std::optional<bool> align_corners, const at::Tensor& value, const at::Tensor& normalizer,
+                    const at::Tensor& losses, const at::Tensor& lse, const RegionOptions& options) {
+  at::Tensor keep;
+  const auto params = cpu_params(op, input, target, weight, align_corners, options, keep);
+  kernels::RegionCrossEntropyGrad grad =
+      region_cross_entropy_grad(op, params, grad_value, grad_losses, input, value, normalizer, losses, lse);
+  at::Tensor grad_input = at::empty_like(input);
+  grad.grad_input = grad_input.mutable_data_ptr();
+  grad.grad_input_stride[0] = grad_input.stride(0);
+  grad.grad_input_stride[1] = grad_input.stride(1);
+  const int64_t axes = input.dim() - 2;
+  for (int64_t axis = 0; axis < axes; ++axis)
+    grad.grad_input_stride[5 - axes + axis] = grad_input.stride(axis + 2);
+  const auto& kernels = kernels::region_cross_entropy_kernels(kernels::cpu_isa());
+  // The state is only read; the struct is the one that the forward writes through.
+  const kernels::RegionCrossEntropyState state{
+      .losses = const_cast<void*>(losses.const_data_ptr()),
+      .lse = const_cast<void*>(lse.const_data_ptr()),
+      .value = const_cast<void*>(value.const_data_ptr()),
+      .normalizer = const_cast<double*>(normalizer.const_data_ptr<double>())};
+  kernels.backward(params, state, grad, at_parallel);
+  return grad_input;
+}
 
 Outputs region_cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target,
                                  const OptionalTensor& weight, at::IntArrayRef kernel_size,
                                  at::IntArrayRef stride, at::ArrayRef<double> spacing, double sigma, double p,
-                                 c10::string_view merge, c10::string_view normalize,
-                                 at::IntArrayRef ignore_index, double label_smoothing,
-                                 c10::string_view reduction, bool agreement) {
-  Dense dense(
-      input, target, weight,
-      {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
-  auto naive = kernels::NaiveRegion<double>(dense.params).run(1);
-  auto out = region_cross_entropy_outputs(dense.params, input, target, agreement);
-  out.value.fill_(naive.value);
-  out.normalizer.fill_(naive.normalizer);
-  out.losses.copy_(at::from_blob(naive.losses.data(), out.losses.sizes(), at::kDouble));
-  out.lse.copy_(at::from_blob(naive.lse.data(), out.lse.sizes(), at::kDouble));
-  if (agreement) out.agreement.copy_(at::from_blob(naive.agreement.data(), out.losses.sizes(), at::kInt));
-  return {out.value, out.normalizer, out.losses, out.lse, out.agreement};
+                                 string_view merge, string_view normalize, at::IntArrayRef ignore_index,
+                                 double label_smoothing, string_view reduction, bool agreement) {
+  return forward(
+      kName, input, target, weight, std::nullopt,
+      {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+      agreement);
+}
+
+Outputs region_cross_entropy_upsampled_cpu(const at::Tensor& input, const at::Tensor& target,
+                                           const OptionalTensor& weight, bool align_corners,
+                                           at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                           at::ArrayRef<double> spacing, double sigma, double p,
+                                           string_view merge, string_view normalize,
+                                           at::IntArrayRef ignore_index, double label_smoothing,
+                                           string_view reduction, bool agreement) {
+  return forward(
+      kUpsampledName, input, target, weight, align_corners,
+      {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+      agreement);
 }
 
 at::Tensor region_cross_entropy_backward_cpu(
@@ -51,16 +107,24 @@ at::Tensor region_cross_entropy_backward_cpu(
     const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& value,
     const at::Tensor& normalizer, const at::Tensor& losses, const at::Tensor& lse,
     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::ArrayRef<double> spacing, double sigma, double p,
-    c10::string_view merge, c10::string_view normalize, at::IntArrayRef ignore_index, double label_smoothing,
-    c10::string_view reduction) {
-  Dense dense(
-      input, target, weight,
+    string_view merge, string_view normalize, at::IntArrayRef ignore_index, double label_smoothing,
+    string_view reduction) {
+  return backward(
+      kName, grad_value, grad_losses, input, target, weight, std::nullopt, value, normalizer, losses, lse,
       {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
-  TORCH_CHECK(!grad_losses);
-  auto naive = kernels::NaiveRegion<double>(dense.params).run(grad_value->item<double>());
-  at::Tensor grad = at::empty_like(input);
-  grad.copy_(at::from_blob(naive.grad_input.data(), input.sizes(), at::kDouble));
-  return grad;
+}
+
+at::Tensor region_cross_entropy_upsampled_backward_cpu(
+    const OptionalTensor& grad_value, const OptionalTensor& grad_losses, const at::Tensor& input,
+    const at::Tensor& target, const OptionalTensor& weight, bool align_corners, const at::Tensor& value,
+    const at::Tensor& normalizer, const at::Tensor& losses, const at::Tensor& lse,
+    at::IntArrayRef kernel_size, at::IntArrayRef stride, at::ArrayRef<double> spacing, double sigma, double p,
+    string_view merge, string_view normalize, at::IntArrayRef ignore_index, double label_smoothing,
+    string_view reduction) {
+  return backward(
+      kUpsampledName, grad_value, grad_losses, input, target, weight, align_corners, value, normalizer,
+      losses, lse,
+      {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
 }
 
 }  // namespace
@@ -68,6 +132,8 @@ at::Tensor region_cross_entropy_backward_cpu(
 TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
   m.impl("region_cross_entropy", &region_cross_entropy_cpu);
   m.impl("_region_cross_entropy_backward", &region_cross_entropy_backward_cpu);
+  m.impl("region_cross_entropy_upsampled", &region_cross_entropy_upsampled_cpu);
+  m.impl("_region_cross_entropy_upsampled_backward", &region_cross_entropy_upsampled_backward_cpu);
 }
 
 }  // namespace dynplan

@@ -1,0 +1,23 @@
+#if defined(__x86_64__)
+// The standard headers come first: their inline functions must keep the baseline instruction set.
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "kernels/cpu_isa.h"
+#include "kernels/parallel.h"
+#include "kernels/region_cross_entropy.h"
+#include "kernels/region_cross_entropy_cpu.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+#define DYNPLAN_ISA avx512
+#define DYNPLAN_VECTOR_BYTES 64
+#include "kernels/region_cross_entropy_entry.h"
+#endif

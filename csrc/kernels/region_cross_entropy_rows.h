@@ -1,0 +1,224 @@
+// One row of labels or logits into scratch, and one row of gradient out of it: every dtype, any strides.
+// Included per instruction set, as region_cross_entropy_vec.h says.
+#pragma once
+
+#include "kernels/region_cross_entropy.h"
+#include "kernels/region_cross_entropy_vec.h"
+
+namespace dynplan::kernels::DYNPLAN_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+inline float widen(float v) {
+  return v;
+}
+inline double widen(double v) {
+  return v;
+}
+inline float widen(bf16 v) {
+  return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16);
+}
+
+// Written without branches so that a loop over it becomes vector code: subnormals come out right because the
+// exponent is rebiased by a multiplication.
+inline float widen(f16 v) {
+  const uint32_t magnitude = static_cast<uint32_t>(v.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000) << 16;
+  const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 | magnitude : std::bit_cast<uint32_t>(scaled);
+  return std::bit_cast<float>(special | sign);
+}
+
+inline void narrow(float v, float& out) {
+  out = v;
+}
+inline void narrow(double v, double& out) {
+  out = v;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline void narrow(float v, bf16& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(v);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<uint16_t>(v == v ? rounded : (bits >> 16) | 0x40);
+}
+
+inline void narrow(float v, f16& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(v);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // Subnormal results: adding 0.5 leaves the rounded mantissa in the low bits.
+  const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000 ? small : normal;
+  const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  out.bits = static_cast<uint16_t>(sign | (magnitude >= 0x477ff000 ? large : finite));
+}
+
+// Calls f with a value of the storage type of a logit.
+template <class T, class F>
+void with_logit_type(RegionLogit type, F f) {
+  if constexpr (sizeof(T) == 8) {
+    f(double{});
+  } else {
+    if (type == RegionLogit::bf16) return f(bf16{});
+    if (type == RegionLogit::f16) return f(f16{});
+    f(float{});
+  }
+}
+
+template <class F>
+void with_label_type(RegionLabel type, F f) {
+  switch (type) {
+    case RegionLabel::u8:
+      return f(uint8_t{});
+    case RegionLabel::i8:
+      return f(int8_t{});
+    case RegionLabel::i16:
+      return f(int16_t{});
+    case RegionLabel::i32:
+      return f(int32_t{});
+    case RegionLabel::i64:
+      return f(int64_t{});
+  }
+}
+
+// Logits below this are read as this: a masked class (-inf) then weighs nothing in a window that it does not
+// belong to, where -inf * 0 would be NaN, and still has probability 0.
+template <class T>
+inline constexpr T kLowestLogit = sizeof(T) == 8 ? T(-1e300) : T(-1e36);
+
+// Rows of labels as Int: the class, or -1 where ignored.
+template <class T>
+class LabelRows {
+ public:
+  using Int = typename Simd<T>::Int;
+
+  explicit LabelRows(const RegionCrossEntropyParams& params) : p_(params) {
+    for (int i = 0; i < p_.num_ignored; ++i) ignored_class_ |= is_class(p_.ignored[i]);
+  }
+
+  // Labels [begin, end) of row (n, d, h).
+  void load(int64_t n, int64_t d, int64_t h, int64_t begin, int64_t end, Int* out) {
+    with_label_type(p_.label, [&](auto type) {
+      using Label = decltype(type);
+      const int64_t step = p_.target_stride[3];
+      const Label* row = static_cast<const Label*>(p_.target) + n * p_.target_stride[0] +
+                         d * p_.target_stride[1] + h * p_.target_stride[2] + begin * step;
+      const bool outside = step == 1 ? convert(row, std::integral_constant<int64_t, 1>(), end - begin, out)
+                                     : convert(row, step, end - begin, out);
+      if (outside)
+        for (int64_t x = 0; x < end - begin; ++x) check(row[x * step]);
+    });
+    if (!ignored_class_) return;
+    for (int i = 0; i < p_.num_ignored; ++i)
+      for (int64_t x = 0; x < end - begin; ++x) out[x] = out[x] == p_.ignored[i] ? Int(-1) : out[x];
+  }
+
+  const RegionBadLabel& bad() const { return bad_; }
+
+ private:
+  bool is_class(int64_t label) const { return label >= 0 && label < p_.classes; }
+
+  template <class Label, class Step>
+  bool convert(const Label* row, Step step, int64_t count, Int* out) const {
+    const uint64_t classes = static_cast<uint64_t>(p_.classes);
+    uint64_t outside = 0;
+    for (int64_t x = 0; x < count; ++x) {
+      const int64_t label = row[x * step];
+      const bool in = static_cast<uint64_t>(label) < classes;
+      out[x] = in ? static_cast<Int>(label) : Int(-1);
+      outside |= !in;
+    }
+    return outside != 0;
+  }
+
+  void check(int64_t label) {
+    if (is_class(label) || bad_.found) return;
+    for (int i = 0; i < p_.num_ignored; ++i)
+      if (p_.ignored[i] == label) return;
+    bad_ = {true, label};
+  }
+
+  const RegionCrossEntropyParams& p_;
+  bool ignored_class_ = false;
+  RegionBadLabel bad_;
+};
+
+// Columns [begin, end) of row (n, d, h) of all classes: class c goes to out + c * class_stride.
+template <class T>
+void load_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h, int64_t begin,
+                 int64_t end, T* out, int64_t class_stride) {
+  with_logit_type<T>(p.logit, [&](auto type) {
+    using Logit = decltype(type);
+    const int64_t* stride = p.input_stride;
+    const int64_t count = end - begin;
+    const Logit* row = static_cast<const Logit*>(p.input) + n * stride[0] + d * stride[2] + h * stride[3] +
+                       begin * stride[4];
+    const auto read = [](Logit v) {
+      const T x = widen(v);
+      return x < kLowestLogit<T> ? kLowestLogit<T> : x;
+    };
+    if (stride[4] == 1) {
+      for (int64_t c = 0; c < p.classes; ++c) {
+        const Logit* from = row + c * stride[1];
+        T* to = out + c * class_stride;
+        for (int64_t x = 0; x < count; ++x) to[x] = read(from[x]);
+      }
+      return;
+    }
+    // Channels-last and everything else: a few pixels at a time, so that both sides stay in the first-level
+    // cache.
+    constexpr int64_t kPixels = 16;
+    for (int64_t first = 0; first < count; first += kPixels) {
+      const int64_t last = first + kPixels < count ? first + kPixels : count;
+      for (int64_t c = 0; c < p.classes; ++c)
+        for (int64_t x = first; x < last; ++x)
+          out[c * class_stride + x] = read(row[x * stride[4] + c * stride[1]]);
+    }
+  });
+}
+
+// Asks for what load_logits(..., begin = w) will read next, one cache line of each class: spread over the
+// arithmetic, so that memory works meanwhile. Hardware does not follow as many streams as there are classes.
+// (Always inline: a function that only prefetches counts as free of effects, and calls to it are dropped.)
+DYNPLAN_INLINE void prefetch_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h,
+                                    int64_t w) {
+  if (p.input_stride[4] != 1 || d >= p.size[0] || w >= p.size[2]) return;
+  const int64_t bytes = p.logit == RegionLogit::f64 ? 8 : p.logit == RegionLogit::f32 ? 4 : 2;
+  const char* at = static_cast<const char*>(p.input) +
+                   bytes * (n * p.input_stride[0] + d * p.input_stride[2] + h * p.input_stride[3] + w);
+  for (int64_t c = 0; c < p.classes; ++c) __builtin_prefetch(at + bytes * c * p.input_stride[1], 0, 3);
+}
+
+// The reverse of load_logits, for the gradient, which has its own strides.
+template <class T>
+void store_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyGrad& grad, int64_t n,
+                    int64_t d, int64_t h, int64_t begin, int64_t end, const T* in, int64_t class_stride) {
+  with_logit_type<T>(p.logit, [&](auto type) {
+    using Logit = decltype(type);
+    const int64_t* stride = grad.grad_input_stride;
+    const int64_t count = end - begin;
+    Logit* row = static_cast<Logit*>(grad.grad_input) + n * stride[0] + d * stride[2] + h * stride[3] +
+                 begin * stride[4];
+    constexpr int64_t kPixels = 16;
+    const int64_t block = stride[4] == 1 ? count : kPixels;
+    for (int64_t first = 0; first < count; first += block) {
+      const int64_t last = first + block < count ? first + block : count;
+      for (int64_t c = 0; c < p.classes; ++c) {
+        const T* from = in + c * class_stride;
+        Logit* to = row + c * stride[1];
+        if (stride[4] == 1)
+          for (int64_t x = first; x < last; ++x) narrow(from[x], to[x]);
+        else
+          for (int64_t x = first; x < last; ++x) narrow(from[x], to[x * stride[4]]);
+      }
+    }
+  });
+}
+
+}  // namespace dynplan::kernels::DYNPLAN_ISA

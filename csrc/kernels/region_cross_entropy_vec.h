@@ -1,0 +1,148 @@
+// Vectors of T (float or double) as wide as the instruction set that includes this file, and their elementary
+// functions. The including file defines DYNPLAN_ISA (a namespace) and DYNPLAN_VECTOR_BYTES; nothing here may
+// be instantiated outside that namespace, or one instruction set's code would run on another's machine.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+// Everything here must end up inside its caller: a call would spill the vectors that are live around it.
+#define DYNPLAN_INLINE [[gnu::always_inline]] inline
+
+namespace dynplan::kernels::DYNPLAN_ISA {
+
+#if DYNPLAN_VECTOR_BYTES == 64
+typedef int32_t Lanes512 __attribute__((vector_size(64)));
+typedef long long Pairs512 __attribute__((vector_size(64)));
+#elif DYNPLAN_VECTOR_BYTES == 32
+typedef float Lanes256 __attribute__((vector_size(32)));
+typedef double Pairs256 __attribute__((vector_size(32)));
+#endif
+
+template <class T>
+struct Simd {
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef T V __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
+  typedef Int M __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
+  static constexpr int lanes = DYNPLAN_VECTOR_BYTES / sizeof(T);
+
+  DYNPLAN_INLINE static V load(const T* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  DYNPLAN_INLINE static M load(const Int* p) {
+    M v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  DYNPLAN_INLINE static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
+  DYNPLAN_INLINE static void store(T* p, V v, int64_t count) {
+    std::memcpy(p, &v, count < lanes ? count * sizeof(T) : sizeof v);
+  }
+  DYNPLAN_INLINE static V fill(T value) { return V{} + value; }
+  DYNPLAN_INLINE static M fill_int(Int value) { return M{} + value; }
+  DYNPLAN_INLINE static V masked(M mask, V v) { return std::bit_cast<V>(mask & std::bit_cast<M>(v)); }
+  DYNPLAN_INLINE static V unmasked(M mask, V v) { return std::bit_cast<V>(~mask & std::bit_cast<M>(v)); }
+  // One bit per lane of a comparison's result.
+  DYNPLAN_INLINE static unsigned bits(M mask) {
+#if DYNPLAN_VECTOR_BYTES == 64
+    if constexpr (sizeof(T) == 4) return __builtin_ia32_cvtd2mask512(std::bit_cast<Lanes512>(mask));
+    if constexpr (sizeof(T) == 8) return __builtin_ia32_cvtq2mask512(std::bit_cast<Pairs512>(mask));
+#elif DYNPLAN_VECTOR_BYTES == 32
+    if constexpr (sizeof(T) == 4) return __builtin_ia32_movmskps256(std::bit_cast<Lanes256>(mask));
+    if constexpr (sizeof(T) == 8) return __builtin_ia32_movmskpd256(std::bit_cast<Pairs256>(mask));
+#endif
+    unsigned result = 0;
+    for (int lane = 0; lane < lanes; ++lane) result |= (mask[lane] != 0) << lane;
+    return result;
+  }
+  DYNPLAN_INLINE static bool all(M mask) {
+    return bits(mask) == (1u << lanes) - 1;
+  }
+  // NaN in `a` passes through.
+  DYNPLAN_INLINE static V at_least(V a, T b) {
+    return fill(b) > a ? fill(b) : a;
+  }
+  DYNPLAN_INLINE static V max(V a, V b) {
+    return a > b ? a : b;
+  }
+
+  template <class F>
+  DYNPLAN_INLINE static V per_lane(V v, F f) {
+    for (int lane = 0; lane < lanes; ++lane) v[lane] = f(v[lane]);
+    return v;
+  }
+
+  // e^x for x <= 88, within 1 ulp for float; 0 where it is below the smallest normal number. NaN passes
+  // through. Range reduction by a multiple of ln 2 split in two, then Cephes' polynomial (expf.c).
+  DYNPLAN_INLINE static V exp(V x) {
+    if constexpr (sizeof(T) == 8) {
+      return per_lane(x, [](double v) { return std::exp(v); });
+    } else {
+      constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+      const V shifted = x * 1.44269504f + kRound;
+      const V n = shifted - kRound;
+      const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+      V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+      y = y * r + 8.3334519073e-3f;
+      y = y * r + 4.1665795894e-2f;
+      y = y * r + 1.6666665459e-1f;
+      y = y * r + 5.0000001201e-1f;
+      y = y * (r * r) + (r + 1.f);
+      return unmasked(x < -87.3f, std::bit_cast<V>(std::bit_cast<M>(y) + (std::bit_cast<M>(shifted) << 23)));
+    }
+  }
+
+  // ln x for normal x > 0, by Cephes' polynomial (logf.c) on [sqrt(1/2), sqrt(2)); about -87.3 for x = 0.
+  DYNPLAN_INLINE static V log(V x) {
+    if constexpr (sizeof(T) == 8) {
+      return per_lane(x, [](double v) { return std::log(v); });
+    } else {
+      const V positive = at_least(x, 1.17549435e-38f);
+      const M bits = std::bit_cast<M>(positive);
+      const V mantissa = std::bit_cast<V>((bits & 0x7fffff) | 0x3f800000);
+      const M high = mantissa > 1.41421356f;
+      const V f = (high ? mantissa * 0.5f : mantissa) - 1.f;
+      const V e = __builtin_convertvector((bits >> 23) - 127 - high, V);
+      V y = f * 7.0376836292e-2f - 1.1514610310e-1f;
+      y = y * f + 1.1676998740e-1f;
+      y = y * f - 1.2420140846e-1f;
+      y = y * f + 1.4249322787e-1f;
+      y = y * f - 1.6668057665e-1f;
+      y = y * f + 2.0000714765e-1f;
+      y = y * f - 2.4999993993e-1f;
+      y = y * f + 3.3333331174e-1f;
+      y = y * (f * f * f) + (e * -2.12194440e-4f - 0.5f * (f * f));
+      return (f + y) + e * 0.693359375f + (x - x);  // the last term keeps NaN
+    }
+  }
+
+  // ln(1 + x) for x >= 0, accurate for small x: the part of x that 1 + x rounds away is added back.
+  DYNPLAN_INLINE static V log1p(V x) {
+    if constexpr (sizeof(T) == 8) {
+      return per_lane(x, [](double v) { return std::log1p(v); });
+    } else {
+      const V y = x + 1.f;
+      return log(y) + (x - (y - 1.f)) / y;
+    }
+  }
+
+  // x^exponent for x >= 0; exactly repeated multiplication for small whole exponents, 0^exponent = 0 for
+  // exponent > 0.
+  DYNPLAN_INLINE static V pow(V x, T exponent) {
+    const int whole = exponent <= 32 ? static_cast<int>(exponent) : -1;
+    if (whole == exponent) {
+      V y = fill(1), square = x;
+      for (int left = whole; left > 0; left >>= 1, square *= square)
+        if (left & 1) y *= square;
+      return y;
+    }
+    return masked(x > 0, exp(exponent * log(x)));
+  }
+};
+
+}  // namespace dynplan::kernels::DYNPLAN_ISA

@@ -1,0 +1,75 @@
+"""RegionCrossEntropyLoss, and the adapters that give it other libraries' conventions."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dynplan.integrations import mmsegmentation, monai, segmentation_models_pytorch
+from dynplan.nn import RegionCrossEntropyLoss
+from dynplan.ops import region_cross_entropy, region_cross_entropy_upsampled
+
+INPUT = torch.randn(2, 3, 9, 12)
+TARGET = torch.randint(3, (2, 9, 12))
+
+
+def test_module_is_the_function():
+    options = {"kernel_size": 3, "p": 2.0, "stride": 2, "label_smoothing": 0.1}
+    loss = RegionCrossEntropyLoss(weight=[1.0, 2.0, 3.0], **options)
+    expected = region_cross_entropy(INPUT, TARGET, weight=torch.tensor([1.0, 2.0, 3.0]), **options)
+    assert torch.equal(loss(INPUT, TARGET), expected)
+    assert loss.state_dict() == {} and "p=2.0" in repr(loss) and "weighted" in repr(loss)
+    assert loss.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    torch.testing.assert_close(loss(INPUT, TARGET), expected)
+
+
+def test_module_with_low_resolution_logits():
+    low = INPUT[:, :, ::2, ::2]
+    expected = region_cross_entropy_upsampled(low, TARGET, align_corners=True)
+    assert torch.equal(RegionCrossEntropyLoss(align_corners=True)(low, TARGET), expected)
+    with pytest.raises(ValueError, match="expected target to have shape"):
+        RegionCrossEntropyLoss()(low, TARGET)
+
+
+def test_segmentation_models_pytorch():
+    loss = segmentation_models_pytorch.RegionLoss("multiclass", kernel_size=3)
+    assert torch.equal(loss(INPUT, TARGET), region_cross_entropy(INPUT, TARGET, kernel_size=3))
+    ignoring = segmentation_models_pytorch.RegionLoss("multiclass", ignore_index=2)
+    assert torch.equal(ignoring(INPUT, TARGET[:, None]), region_cross_entropy(INPUT, TARGET, ignore_index=2))
+    binary = segmentation_models_pytorch.RegionLoss("binary", kernel_size=1, p=1.0)
+    truth = (TARGET > 0).float()[:, None]
+    expected = F.binary_cross_entropy_with_logits(INPUT[:, :1], truth)
+    torch.testing.assert_close(binary(INPUT[:, :1], truth), expected)
+    with pytest.raises(ValueError, match="'binary' or 'multiclass', got 'multilabel'"):
+        segmentation_models_pytorch.RegionLoss("multilabel")
+
+
+def test_monai():
+    loss = monai.RegionLoss(kernel_size=3)
+    expected = region_cross_entropy(INPUT, TARGET, kernel_size=3)
+    assert torch.equal(loss(INPUT, TARGET[:, None].float()), expected)
+    assert torch.equal(loss(INPUT, F.one_hot(TARGET, 3).movedim(-1, 1)), expected)
+    foreground = monai.RegionLoss(include_background=False)
+    assert torch.equal(
+        foreground(INPUT, TARGET[:, None]), region_cross_entropy(INPUT, TARGET, ignore_index=0)
+    )
+    volume = torch.randn(1, 2, 4, 5, 6)
+    assert monai.RegionLoss(spacing=(3.0, 1.0, 1.0))(volume, torch.zeros(1, 1, 4, 5, 6)).isfinite()
+
+
+def test_mmsegmentation(monkeypatch):
+    loss = mmsegmentation.RegionLoss(loss_weight=0.5, class_weight=[1.0, 1.0, 2.0])
+    expected = region_cross_entropy(INPUT, TARGET, weight=torch.tensor([1.0, 1.0, 2.0]), ignore_index=1)
+    torch.testing.assert_close(loss(INPUT, TARGET, ignore_index=1), 0.5 * expected)
+    assert loss.loss_name == "loss_region"
+    with pytest.raises(ValueError, match="expected weight to be None, got Tensor"):
+        loss(INPUT, TARGET, weight=torch.ones(2, 9, 12))
+
+    registered = {}
+    registry = types.ModuleType("mmseg.registry")
+    registry.MODELS = types.SimpleNamespace(register_module=lambda **kw: registered.update(kw))
+    monkeypatch.setitem(sys.modules, "mmseg", types.ModuleType("mmseg"))
+    monkeypatch.setitem(sys.modules, "mmseg.registry", registry)
+    assert mmsegmentation.register() and registered["module"] is mmsegmentation.RegionLoss

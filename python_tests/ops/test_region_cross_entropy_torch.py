@@ -1,0 +1,239 @@
+"""region_cross_entropy as an op: gradcheck, opcheck, compile, autocast, errors; upsampled twin included."""
+
+import itertools
+
+import pytest
+import torch
+from test_region_cross_entropy import case
+
+from dynplan.ops import region_cross_entropy, region_cross_entropy_stats, region_cross_entropy_upsampled
+
+OP = torch.ops.dynplan.region_cross_entropy.default
+UPSAMPLED = torch.ops.dynplan.region_cross_entropy_upsampled.default
+
+
+def options(
+    axes=2, kernel=3, stride=1, p=5.0, merge="logits", normalize="weight", smoothing=0.0, reduction="mean"
+):
+    each = [1] * axes
+    return (
+        [kernel] * axes,
+        [stride] * axes,
+        [float(e) for e in each],
+        1.0,
+        p,
+        merge,
+        normalize,
+        [-100],
+        smoothing,
+        reduction,
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "p", "merge", "normalize", "smoothing"),
+    [
+        (k, s, p, m, n, e)
+        for k, s, p, m, n, e in itertools.product(
+            (1, 3), (1, 2), (1.0, 2.5, 5.0), ("logits", "probs"), ("weight", "count"), (0.0, 0.2)
+        )
+        if not (m == "probs" and e)
+    ],
+)
+def test_gradcheck(kernel_size, stride, p, merge, normalize, smoothing, weighted):
+    input, target = case(4, 5, classes=3, batch=1, labelled=2)
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if weighted else None
+    torch.autograd.gradcheck(
+        lambda x: region_cross_entropy(
+            x, target, kernel_size, 1.0, stride, p, merge, normalize, weight, label_smoothing=smoothing
+        ),
+        input.requires_grad_(),
+        fast_mode=True,
+    )
+
+
+def test_gradcheck_of_map_volume_and_upsampled():
+    input, target = case(3, 3, 4, classes=2, batch=1, labelled=2)
+    torch.autograd.gradcheck(
+        lambda x: region_cross_entropy(x, target, 3, reduction="none"), input.requires_grad_(), fast_mode=True
+    )
+    low, target = case(4, 5, classes=3, batch=1)[0], case(9, 11, batch=1)[1]
+    for align_corners in (False, True):
+        torch.autograd.gradcheck(
+            lambda x, a=align_corners: region_cross_entropy_upsampled(x, target, 3, align_corners=a),
+            low.requires_grad_(),
+            fast_mode=True,
+        )
+
+
+CHECKED = {
+    "plain": (case(6, 7), None, options()),
+    "weighted, smoothed": (case(6, 7), torch.ones(4, dtype=torch.float64), options(smoothing=0.1)),
+    "probs, stride": (case(6, 7), None, options(merge="probs", stride=2)),
+    "volume, sum": (case(3, 4, 5), None, options(axes=3, p=1.0, reduction="sum")),
+    "empty": ((torch.randn(0, 3, 4, 5), torch.zeros(0, 4, 5, dtype=torch.long)), None, options()),
+    "bf16, channels-last": (
+        (
+            case(6, 7, dtype=torch.bfloat16)[0].to(memory_format=torch.channels_last),
+            case(6, 7)[1].to(torch.uint8).clamp_max(3),
+        ),
+        None,
+        options(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(name, requires_grad):
+    (input, target), weight, opts = CHECKED[name]
+    input = input.clone().requires_grad_(requires_grad)
+    torch.library.opcheck(OP, (input, target, weight, *opts, requires_grad))
+
+
+def test_opcheck_upsampled_and_backward():
+    low, target = case(3, 4)[0], case(6, 7)[1]
+    torch.library.opcheck(UPSAMPLED, (low.requires_grad_(), target, None, False, *options(), True))
+    input, target = case(6, 7)
+    state = OP(input, target, None, *options(), False)[:4]
+    one = torch.ones((), dtype=torch.float64)
+    backward = torch.ops.dynplan._region_cross_entropy_backward.default
+    # Forward and fake alone: the backward has no derivative of its own, and says so.
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(backward, (one, None, input, target, None, *state, *options()), test_utils=utils)
+    torch.library.opcheck(
+        backward, (one, state[2], input, target, None, *state, *options()), test_utils=utils
+    )
+
+
+@pytest.mark.parametrize("merge", ["logits", "probs"])
+def test_fullgraph_compile(merge):
+    torch._dynamo.reset()
+
+    def loss(input, target):
+        stats = region_cross_entropy_stats(input * 2, target, merge=merge)
+        return stats.loss + stats.losses.mean() + region_cross_entropy(input, target, kernel_size=3, p=1.0)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    input, target = case(9, 10, dtype=torch.float32)
+    for source in (input, input.to(memory_format=torch.channels_last)):
+        eager, traced = source.clone().requires_grad_(), source.clone().requires_grad_()
+        expected, got = loss(eager, target), compiled(traced, target)
+        torch.testing.assert_close(got, expected)
+        expected.backward()
+        got.backward()
+        torch.testing.assert_close(traced.grad, eager.grad)
+
+
+def test_compile_serves_other_sizes_without_recompiling():
+    torch._dynamo.reset()
+    compiled = torch.compile(region_cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for space in ((9, 10), (12, 31), (20, 7)):
+            input, target = case(*space, dtype=torch.float32)
+            torch.testing.assert_close(compiled(input, target), region_cross_entropy(input, target))
+
+
+def test_inductor():
+    torch._dynamo.reset()
+    compiled = torch.compile(region_cross_entropy, fullgraph=True)  # the op alone: nothing for a C++ compiler
+    input, target = case(9, 10, dtype=torch.float32)
+    eager, traced = input.clone().requires_grad_(), input.clone().requires_grad_()
+    region_cross_entropy(eager, target).backward()
+    compiled(traced, target).backward()
+    torch.testing.assert_close(traced.grad, eager.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_input_and_gives_fp32(dtype):
+    input, target = case(8, 9, dtype=torch.float32)
+    convolution = torch.nn.Conv2d(4, 4, 1)
+    with torch.autocast("cpu", dtype):
+        logits = convolution(input)
+        logits.retain_grad()
+        loss = region_cross_entropy(logits, target, weight=torch.ones(4, dtype=dtype))
+    assert logits.dtype == dtype and loss.dtype == torch.float32
+    loss.backward()
+    assert logits.grad.dtype == dtype and convolution.weight.grad.isfinite().all()
+
+
+def test_second_derivative_is_refused():
+    input, target = case(5, 6)
+    input.requires_grad_()
+    (gradient,) = torch.autograd.grad(region_cross_entropy(input, target), input, create_graph=True)
+    with pytest.raises(NotImplementedError, match="region_cross_entropy: a second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("label", [4, -1, 255, 2**31])
+def test_label_out_of_range_names_the_value(label):
+    input, target = case(70, 50, void=0)
+    target[1, 69, 49] = label
+    message = f"region_cross_entropy: expected target to be in 0..3 or an ignored label, got {label}$"
+    with pytest.raises(IndexError, match=message):
+        region_cross_entropy(input, target)
+    with pytest.raises(IndexError, match="got " + str(label)):
+        region_cross_entropy(input, target, merge="probs")
+    with pytest.raises(IndexError, match=f"region_cross_entropy_upsampled: .* got {label}$"):
+        region_cross_entropy_upsampled(input[:, :, ::2, ::2], target)
+    region_cross_entropy(input, target, ignore_index=(-100, label))
+
+
+ERRORS = {
+    "input dtype": (TypeError, "expected input to be float32, .* got Long",
+                    {"input": torch.zeros(1, 2, 3, 3).long()}),
+    "target dtype": (TypeError, "expected target to be integer, got Float", {"target": torch.zeros(1, 3, 3)}),
+    "input rank": (ValueError, "expected input to have shape .*got \\[2, 3\\]", {"input": torch.zeros(2, 3)}),
+    "target shape": (ValueError, "expected target to have shape .*got \\[1, 3, 4\\]",
+                     {"target": torch.zeros(1, 3, 4).long()}),
+    "even kernel": (ValueError, "expected kernel_size to be odd and in 1..15, got 4", {"kernel_size": 4}),
+    "large kernel": (ValueError, "expected kernel_size to be odd and in 1..15, got 17", {"kernel_size": 17}),
+    "kernel axes": (ValueError, "expected kernel_size to have one value per spatial axis",
+                    {"kernel_size": (3, 3, 3)}),
+    "stride": (ValueError, "expected stride to be at least 1, got 0", {"stride": 0}),
+    "spacing": (ValueError, "expected spacing to be positive, got -1", {"spacing": -1.0}),
+    "sigma": (ValueError, "expected sigma to be positive, got 0", {"sigma": 0.0}),
+    "p": (ValueError, "expected p to be at least 1, got 0.5", {"p": 0.5}),
+    "merge": (ValueError, "expected merge to be 'logits' or 'probs', got 'sum'", {"merge": "sum"}),
+    "normalize": (ValueError, "expected normalize to be 'weight' or 'count', got 'none'",
+                  {"normalize": "none"}),
+    "reduction": (ValueError, "expected reduction to be 'mean', 'sum' or 'none', got 'max'",
+                  {"reduction": "max"}),
+    "sum at p": (ValueError, "expected p to be 1 with reduction 'sum', got 5", {"reduction": "sum"}),
+    "smoothing": (ValueError, "expected label_smoothing to be in 0..1, got 2", {"label_smoothing": 2.0}),
+    "smoothed probs": (ValueError, "expected label_smoothing to be 0 with merge 'probs', got 0.1",
+                       {"merge": "probs", "label_smoothing": 0.1}),
+    "weight": (ValueError, "expected weight to have shape \\[2\\], got \\[3\\]", {"weight": torch.ones(3)}),
+    "ignored": (ValueError, "expected ignore_index to hold at most 16 values, got 17",
+                {"ignore_index": list(range(100, 117))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_argument_expectation_and_value(name):
+    kind, message, changed = ERRORS[name]
+    arguments = {"input": torch.zeros(1, 2, 3, 3), "target": torch.zeros(1, 3, 3).long()} | changed
+    with pytest.raises(kind, match="^region_cross_entropy: " + message):
+        region_cross_entropy(**arguments)
+
+
+def test_peak_extra_memory_is_one_gradient_and_16_bytes_per_pixel():
+    input, target = case(64, 80, classes=16, dtype=torch.float32)
+    input.requires_grad_()
+    pixels = target.numel()
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        loss = region_cross_entropy(input, target)
+        loss.backward()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert allocated <= input.numel() * 4 + 16 * pixels + 4096
+
+
+def test_offsets_beyond_32_bits():
+    # 4 GiB of address space of which a few pages are touched.
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    input = memory.as_strided((2, 2, 3, 3), (2**31, 9, 3, 1)).copy_(torch.randn(2, 2, 3, 3))
+    target = torch.randint(2, (2, 3, 3))
+    assert torch.equal(region_cross_entropy(input, target), region_cross_entropy(input.contiguous(), target))
