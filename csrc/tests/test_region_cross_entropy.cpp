@@ -36,7 +36,7 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
   int64_t run = 0;
   for (int64_t& y : target) {  // runs of one label, some ignored
     if (random() % 6 == 0) run = static_cast<int64_t>(random() % 3) - (random() % 10 == 0 ? 100 : 0);
-    y = run < 0 ? -100 : run;
+    y = run < 0 ? -100 : run % c.classes;
   }
 
   RegionCrossEntropyParams params;
