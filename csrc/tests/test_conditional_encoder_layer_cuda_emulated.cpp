@@ -184,7 +184,11 @@ std::vector<T> layer(const Shape& shape, const std::vector<int32_t>& lengths, co
   const int64_t capacity = row + 5;
   rows.resize(capacity, -1);
   offsets.resize(samples + 1, active_rows);
-  const std::vector<T> hidden = draw<T>(random, capacity * h);
+  std::vector<T> hidden = draw<T>(random, capacity * h);
+  // A bypassed sample's NaN stays where it is.
+  for (int64_t b = 0; b < samples; ++b)
+    if (!keep[b] && lengths[b] > 0)
+      std::memset(hidden.data() + starts[b] * h, 0xFF, lengths[b] * h * sizeof(T));
 
   DeviceBuffer<T> device_hidden(hidden), device_packed(packed),
       workspace(encoder_workspace_size(capacity, h, i));
@@ -224,6 +228,42 @@ std::vector<T> layer(const Shape& shape, const std::vector<int32_t>& lengths, co
   }
   EXPECT(same_bits(device_hidden.get() + row * h, hidden.data() + row * h, 5 * h));
   return device_hidden.host();
+}
+
+// A dispatch that lies: an assertion or any numbers, but no access outside of the buffers, which are guarded.
+void bad_dispatch(const std::vector<int32_t>& rows, const std::vector<int32_t>& offsets,
+                  const std::vector<int32_t>& counts) {
+  const int64_t capacity = 9, samples = 2, h = 32, i = 16;
+  DeviceBuffer<float> hidden(capacity * h), weights(4 * h * h + 9 * h + i * (2 * h + 1)),
+      workspace(encoder_workspace_size(capacity, h, i));
+  DeviceBuffer<int32_t> device_rows(rows), device_offsets(offsets), device_counts(counts);
+  const cudaError_t error = conditional_encoder_layer<float>({.hidden = hidden.get(),
+                                                              .rows = device_rows.get(),
+                                                              .cu_seqlens = device_offsets.get(),
+                                                              .counts = device_counts.get(),
+                                                              .capacity = capacity,
+                                                              .samples = samples,
+                                                              .weights = weights.get(),
+                                                              .width = h,
+                                                              .intermediate = i,
+                                                              .num_heads = 2,
+                                                              .activation = Activation::gelu,
+                                                              .eps = 1e-5f,
+                                                              .workspace = workspace.get(),
+                                                              .multiprocessors = 3},
+                                                             nullptr);
+  EXPECT(error == cudaSuccess || error == cudaErrorAssert);
+}
+
+void bad_dispatches() {
+  constexpr int32_t kFar = 2000000000;
+  const std::vector<int32_t> rows{0, 1, 2, 3, 4, 5, 6, 7, 8};
+  bad_dispatch({0, kFar, -7, 3, 4, 5, 6, 7, 8}, {0, 4, 9}, {2, 9});
+  bad_dispatch(rows, {0, kFar, kFar}, {2, 9});
+  bad_dispatch(rows, {-5, 4, -9}, {2, 9});
+  bad_dispatch(rows, {7, 3, 9}, {2, 9});
+  bad_dispatch(rows, {0, 4, 9}, {kFar, kFar});
+  bad_dispatch(rows, {0, 4, 9}, {-1, -1});
 }
 
 template <class T>
@@ -267,6 +307,7 @@ int main() {
     layers<BFloat16>(300);
     layers<Half>(400);
     layers<float>(500);
+    bad_dispatches();
   }
   return dynplan::test::finish("conditional_encoder_layer on emulated CUDA");
 }
