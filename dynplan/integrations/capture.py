@@ -98,7 +98,7 @@ class CapturedModel:
 
         Raises:
             ValueError: a batch or a length above what was captured, or shapes that do not fit.
-            RuntimeError: the model is in training mode, or gates are set.
+            RuntimeError: the model is in training mode or has moved to another device, or gates are set.
         """
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         given = {name: value for name, value in given.items() if value is not None}
@@ -144,6 +144,11 @@ class CapturedModel:
         ):
             if size > most:
                 raise ValueError(f"capture: expected at most {most} {name}, as captured, got {size}")
+        device = next(self.model.parameters()).device
+        if device != self._device:
+            raise RuntimeError(
+                f"capture: expected the model on {self._device}, as captured, got {device}; capture it again"
+            )
         if self.model.training:
             raise RuntimeError(
                 "capture: expected the model in evaluation mode, got training mode; call model.eval()"

@@ -229,7 +229,13 @@ def test_refusals(device):
     with pytest.raises(RuntimeError, match="capture: expected no gates"):
         captured(ids)
     model.dynplan.gates = None
-    model.train()
+    model.to("meta")
+    with pytest.raises(
+        RuntimeError, match=f"capture: expected the model on {device}.*, as captured, got meta"
+    ):
+        captured(ids)
+    captured = dynplan.capture(swapped(device), 2, 8)
+    captured.model.train()
     with pytest.raises(RuntimeError, match="capture: expected the model in evaluation mode"):
         captured(ids)
 
