@@ -8,6 +8,7 @@ of it is held out.
 import csv
 import importlib.util
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -50,9 +51,15 @@ def load_reviews() -> tuple[list[dict], list[dict]]:
 
 
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
-    """Fine-tune, plan, evaluate, and report into ``output``; ``quick`` cuts every size to seconds."""
+    """Fine-tune, plan, evaluate, and report into ``output``; ``quick`` cuts every size to seconds.
+
+    An earlier demo in ``output`` is replaced. Raises InputError when it cannot be written or a package
+    is missing.
+    """
     console, start = Console(highlight=False), time.perf_counter()
     check_output(output)
+    if (output / "model" / "recipe.json").exists():  # an earlier demo's
+        shutil.rmtree(output / "model")
     train, held_out = load_reviews()
     # Sizes for about four minutes on two quiet cores.
     train, seconds = train[:4000], 30.0

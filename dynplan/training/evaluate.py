@@ -156,7 +156,7 @@ def evaluate(
 @torch.inference_mode()
 def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) -> None:
     for batch_size in batch_sizes:
-        drawn = dataset.sample(24 if batch_size == 1 else 3 * batch_size, seed=1)
+        drawn = dataset.sample(16 if batch_size == 1 else 3 * batch_size, seed=1)
         batches = make_batches(drawn, tokenizer, batch_size)
         for row in rows:
             row.latency_ms[str(batch_size)] = 0.0
@@ -167,7 +167,7 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
             interleave(calls, rounds=1, warmup=0)
             once = time.perf_counter() - start
             share = seconds / len(batch_sizes) / len(batches)
-            timings = interleave(calls, rounds=min(50, max(3, int(share / once))), warmup=0)
+            timings = interleave(calls, rounds=min(50, max(2, int(share / once))), warmup=0)
             for index, row in enumerate(rows):
                 row.latency_ms[str(batch_size)] += 1e3 * timings[index].p50 / len(drawn)
 
