@@ -94,8 +94,9 @@ def choose_paths(
     """A path per sample from a table, within the budget.
 
     Every sample can afford its best path of at most ``budget * L`` layers. With a price, each also names the
-    path with the best value minus price times size; those that save by it take it, and the others take it in
-    order of value gained per layer for as long as what was saved and left over pays for it.
+    path with the best value minus price times size. Those that save by it take it as far as the others need
+    what they save, the cheapest saving first; the others take it in order of value gained per layer for as
+    long as what was saved and left over pays for it.
 
     Args:
         values: float ``(B, P)``, quality of each path for each sample; NaN counts as lowest.
@@ -120,16 +121,22 @@ def choose_paths(
     busy = lengths > 0  # samples without tokens neither spend nor save
     extra = (sizes[wanted] - sizes[affordable]) * busy
     rows = torch.arange(batch_size, device=values.device)
-    gain = (values[rows, wanted] - values[rows, affordable]) / extra.clamp_min(1)
-    priority = torch.where(extra > 0, gain.nan_to_num(nan=-3e38, posinf=3e38), math.inf)
+    gain = (values[rows, wanted] - values[rows, affordable]) / extra.abs().clamp_min(1)
+    gain = gain.nan_to_num(nan=-3e38, posinf=3e38, neginf=-3e38)
     spent = sizes[affordable] * busy
-    trade = admit(
-        priority,
-        extra,
-        extra * lengths,
-        sample_cap(cu_seqlens, budget, num_layers) - spent.sum(),
-        token_cap(cu_seqlens, budget, num_layers) - (spent * lengths).sum(),
-    )
+    left_samples = sample_cap(cu_seqlens, budget, num_layers) - spent.sum()
+    left_tokens = token_cap(cu_seqlens, budget, num_layers) - (spent * lengths).sum()
+    # Saving loses value: where nobody buys (all samples alike, say) nobody saves.
+    bought = extra.clamp_min(0)
+    cheapest = torch.where(extra < 0, gain, -math.inf).argsort(descending=True, stable=True)
+    saved = -extra.clamp_max(0)[cheapest]
+    before = saved.cumsum(0) - saved
+    before_tokens = (saved * lengths[cheapest]).cumsum(0) - saved * lengths[cheapest]
+    needed = (before < bought.sum() - left_samples) | (before_tokens < (bought * lengths).sum() - left_tokens)
+    extra = torch.where(torch.empty_like(busy).scatter_(0, cheapest, needed), extra, bought)
+    wanted = torch.where(extra == 0, affordable, wanted)
+    priority = torch.where(extra > 0, gain, math.inf)
+    trade = admit(priority, extra, extra * lengths, left_samples, left_tokens)
     return paths[torch.where(trade & busy, wanted, affordable)]
 
 

@@ -107,6 +107,18 @@ def test_choose_paths_keeps_the_contract_whatever_the_values(values, rows, lengt
     assert all(tuple(row) in known for row in plan.tolist())
 
 
+def test_choose_paths_saves_only_for_those_who_buy():
+    paths = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    offsets = torch.tensor([0, 3, 6, 9]).int()
+    alike = torch.tensor([[0.0, 0.5, 0.6, 0.7]]).repeat(3, 1)
+    # At this price everybody would rather have one layer than two, but nobody wants more.
+    assert choose_paths(alike, paths, offsets, 0.5, 0.2).sum(1).tolist() == [2, 2, 2]
+    one_buys = alike.clone()
+    one_buys[1, 3], one_buys[2, 1] = 5.0, 0.55
+    # Two layers more are needed: both others save one, none is left over.
+    assert choose_paths(one_buys, paths, offsets, 0.5, 0.2).sum(1).tolist() == [1, 4, 1]
+
+
 def test_choose_paths_trades_between_samples():
     paths = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     # The first sample gains nothing from its last layers; the second needs them all.

@@ -34,30 +34,33 @@ def candidate_paths(
     return table
 
 
-def choose_menu(losses: Tensor, paths: Tensor, size: int, fixed: int) -> Tensor:
+def choose_menu(qualities: Tensor, paths: Tensor, size: int, fixed: int) -> Tensor:
     """Pick ``size`` paths that complement one another; the first ``fixed`` are always in.
 
-    Paths are added one at a time, each time the one that most lowers the mean, over samples and over numbers
-    of layers k, of the least loss among the paths of at most k layers: the loss that a perfect chooser would
-    have.
+    Paths are added one at a time, each time the one that most raises the mean, over samples and over numbers
+    of layers k, of the best quality among the paths of at most k layers: what a perfect chooser would have.
 
-    losses: float ``(N, C)``, measured on training rows; paths: bool ``(C, L)``. Returns bool ``(size, L)`` at
-    most.
+    qualities: float ``(N, C)``, measured on training rows; paths: bool ``(C, L)``. Returns bool ``(size, L)``
+    at most.
     """
     chosen = list(range(fixed))
-    counts = paths.sum(1)
     limits = torch.arange(1, paths.shape[1] + 1)
-    # (K, N): the least loss so far with at most k layers. A large number stands for "no path yet".
-    allowed = counts.unsqueeze(0) <= limits.unsqueeze(1)
-    best = torch.full((len(limits), len(losses)), losses.max() + 1.0)
+    allowed = paths.sum(1).unsqueeze(0) <= limits.unsqueeze(1)
+    # (K, N): the best quality so far with at most k layers; a little below all where there is no path yet.
+    best = torch.full((len(limits), len(qualities)), float(qualities.min()) - 1.0)
+
+    def gain(index: int) -> float:
+        if index in chosen:
+            return float("-inf")
+        return float((qualities[:, index] - best[allowed[:, index]]).clamp_min(0).sum())
+
+    def add(index: int) -> None:
+        best[allowed[:, index]] = torch.maximum(best[allowed[:, index]], qualities[:, index])
+
     for index in chosen:
-        best[allowed[:, index]] = torch.minimum(best[allowed[:, index]], losses[:, index])
+        add(index)
     while len(chosen) < min(size, len(paths)):
-        gains = []
-        for index in range(len(paths)):
-            gain = (best[allowed[:, index]] - losses[:, index]).clamp_min(0).sum()
-            gains.append(float("-inf") if index in chosen else float(gain))
-        index = max(range(len(paths)), key=gains.__getitem__)
+        index = max(range(len(paths)), key=gain)
         chosen.append(index)
-        best[allowed[:, index]] = torch.minimum(best[allowed[:, index]], losses[:, index])
+        add(index)
     return paths[chosen]

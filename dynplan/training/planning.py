@@ -6,8 +6,8 @@ Three objectives; all are our own choice among what the literature on layer skip
   a cost term.
 - ``reward``: score-function gradient from several plans per sample at the budget; reward = -loss,
   leave-one-out baseline.
-- ``values``: a table of good paths is chosen on training data, the loss of every path on every training row
-  is measured once, and the planner learns to predict a row's losses from its embeddings.
+- ``values``: a table of good paths is chosen on training data, the quality of every path on every training
+  row is measured once, and the planner learns to predict them from a row's embeddings.
 
 ``reward`` and ``values`` never differentiate through the encoder, so their forwards run on the fused kernels.
 """
@@ -38,11 +38,6 @@ class PlannerLearner(nn.Module):
     @property
     def encoder(self) -> nn.Module:
         return self._encoder[0]
-
-
-def planner_target(losses: Tensor) -> Tensor:
-    """Quality of a path for a sample from its loss; a loss beyond 4 says no more than 4 does."""
-    return -losses.clamp_max(4.0)
 
 
 class _Look(Policy):
@@ -96,8 +91,8 @@ class PlannerTrainer(PlainTrainer):
     every batch.
 
     Half of the batches use one of ``budgets``, the others a budget uniform between 0.4 and 0.9. Checkpoints
-    are ranked by ``loss``: the mean loss on the evaluation rows over ``budgets``. ``values`` expects each
-    training row to hold ``path_losses``, one for each path of the planner's table.
+    are ranked by ``quality``: the mean quality on the evaluation rows over ``budgets``. ``values`` expects
+    each training row to hold ``path_qualities``, one for each path of the planner's table.
     """
 
     stage = "planner"
@@ -122,16 +117,16 @@ class PlannerTrainer(PlainTrainer):
         self.objective = objective
         tokenizer = self.processing_class
         self.train_batches = [
-            {key: value for key, value in batch.items() if key != "path_losses"}
+            {key: value for key, value in batch.items() if key != "path_qualities"}
             for batch in make_batches(self.train_dataset, tokenizer, 32)[:16]
         ]
         self.eval_batches = make_batches(self.eval_dataset, tokenizer, 32)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, losses = inputs.pop("labels"), inputs.pop("path_losses", None)
+        labels, measured = inputs.pop("labels"), inputs.pop("path_qualities", None)
         planner, encoder = self.model.planner, self.model.encoder
         if self.objective == "values":
-            return self._values(planner, look(encoder, inputs), losses)
+            return self._values(planner, look(encoder, inputs), measured)
         step = self._gates if self.objective == "gates" else self._reward
         return step(encoder, planner, inputs, labels, self._draw_budget())
 
@@ -142,8 +137,8 @@ class PlannerTrainer(PlainTrainer):
         for budget in self.budgets:
             encoder.dynplan.policy = PlannerPolicy(planner, budget)
             prediction = predict(encoder, self.eval_batches, self.task)
-            figures[f"{metric_key_prefix}_loss_{budget:g}"] = float(prediction.losses.mean())
-        figures[f"{metric_key_prefix}_loss"] = sum(figures.values()) / len(figures)
+            figures[f"{metric_key_prefix}_quality_{budget:g}"] = float(prediction.quality(self.task).mean())
+        figures[f"{metric_key_prefix}_quality"] = sum(figures.values()) / len(figures)
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
@@ -214,6 +209,6 @@ class PlannerTrainer(PlainTrainer):
             advantage = advantage / advantage.std().clamp_min(1e-4)
         return -(advantage * torch.stack(logs)).mean()
 
-    def _values(self, planner, request: PlanRequest, losses: Tensor) -> Tensor:
+    def _values(self, planner, request: PlanRequest, measured: Tensor) -> Tensor:
         quality = planner(request.hidden, request.cu_seqlens, 1.0)
-        return F.smooth_l1_loss(quality, planner_target(losses.to(quality)))
+        return F.mse_loss(quality, measured.to(quality))

@@ -26,6 +26,18 @@ class Prediction:
     plan: Tensor
     lengths: Tensor
 
+    def quality(self, task: Task) -> Tensor:
+        """How good each sample's prediction is, float ``(N,)``: what a planner should maximise.
+
+        For classes the mean of right or wrong and of the label's probability: the first is what is scored,
+        the second says how nearly. (The loss alone prefers a path that is wrong by a little on many samples.)
+        For regression minus the squared error.
+        """
+        if task.kind == "regression":
+            return -self.losses
+        right = torch.from_numpy(self.logits.argmax(-1) == self.labels)
+        return (right.to(self.losses) + self.losses.neg().exp()) / 2
+
     @property
     def sample_layers(self) -> float:
         """Share of sample-layers that were run."""
@@ -78,18 +90,18 @@ def predict(model: nn.Module, batches: Iterable[dict], task: Task) -> Prediction
     )
 
 
-def path_losses(
+def path_qualities(
     model: nn.Module, batches: list[dict], task: Task, paths: Tensor, progress: bool = False
 ) -> Tensor:
-    """Loss of every sample on every path, float ``(N, P)``; ``paths`` is bool ``(P, L)``. The policy is
+    """Quality of every sample on every path, float ``(N, P)``; ``paths`` is bool ``(P, L)``. The policy is
     restored.
     """
     control = model.dynplan
     policy, budget = control.policy, control.budget
     control.budget = None
     columns = []
-    for path in tqdm(paths, desc="path losses", disable=not progress):
+    for path in tqdm(paths, desc="path qualities", disable=not progress):
         control.policy = FixedPath(path)
-        columns.append(predict(model, batches, task).losses)
+        columns.append(predict(model, batches, task).quality(task))
     control.policy, control.budget = policy, budget
     return torch.stack(columns, 1)

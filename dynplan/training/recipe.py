@@ -22,8 +22,8 @@ from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import PlannerPolicy, StaticPath
 from dynplan.training.data import EncodedDataset, InputError, Task, encode_rows, infer_task, split_rows
 from dynplan.training.menu import candidate_paths, choose_menu
-from dynplan.training.planning import OBJECTIVES, PlannerLearner, PlannerTrainer, planner_target
-from dynplan.training.predict import make_batches, path_losses
+from dynplan.training.planning import OBJECTIVES, PlannerLearner, PlannerTrainer
+from dynplan.training.predict import make_batches, path_qualities
 from dynplan.training.trainer import PlainTrainer, RobustTrainer, training_arguments
 
 PLANNERS = ("upfront", "stepwise")
@@ -247,8 +247,7 @@ class _Run:
             epochs=recipe.planner_epochs,
             batch_size=32,
             learning_rate=recipe.planner_learning_rate,
-            metric_for_best_model="loss",
-            greater_is_better=False,
+            metric_for_best_model="quality",
         )
         trainer = PlannerTrainer(
             PlannerLearner(model, planner),
@@ -263,10 +262,10 @@ class _Run:
             distill=recipe.distill,
         )
         start = {key: value.clone() for key, value in planner.state_dict().items()}
-        loss_before = trainer.evaluate()["eval_loss"]
+        before = trainer.evaluate()["eval_quality"]
         self._train(trainer, "planner")
         # Learning may have made things worse on the held-out rows; then the planner stays where it started.
-        if trainer.evaluate()["eval_loss"] > loss_before and recipe.planner != "stepwise":
+        if trainer.evaluate()["eval_quality"] < before and recipe.planner != "stepwise":
             planner.load_state_dict(start)
             trainer.evaluate()
         return planner
@@ -277,13 +276,15 @@ class _Run:
         recipe, layers = self.recipe, model.dynplan.num_layers
         fixed = len(static.paths) + 1
         candidates = candidate_paths(static.paths, layers, 3 * recipe.menu_size, recipe.seed)
-        losses = path_losses(model, self._search_batches(), self.task, candidates, self.progress)
-        menu = choose_menu(losses, candidates, max(recipe.menu_size, fixed), fixed)
+        qualities = path_qualities(model, self._search_batches(), self.task, candidates, self.progress)
+        menu = choose_menu(qualities, candidates, max(recipe.menu_size, fixed), fixed)
         planner = UpfrontPlanner(model.config.hidden_size, layers, paths=menu)
         batches = make_batches(rows, self.tokenizer, 32)
-        losses = path_losses(model, batches, self.task, planner.paths, self.progress)
+        qualities = path_qualities(model, batches, self.task, planner.paths, self.progress)
         with torch.no_grad():
             # The start: every sample prefers the path with the best mean.
-            planner.prior.copy_(planner_target(losses).mean(0))
-        items = [{**item, "path_losses": row} for item, row in zip(rows.items, losses.tolist(), strict=True)]
+            planner.prior.copy_(qualities.mean(0))
+        items = [
+            {**item, "path_qualities": row} for item, row in zip(rows.items, qualities.tolist(), strict=True)
+        ]
         return planner, EncodedDataset(items)

@@ -56,5 +56,5 @@ def test_candidates_start_with_the_fixed_paths():
 def test_menu_takes_what_complements():
     paths = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]]).bool()
     # Path 2 is good where path 0 is bad; path 1 is never better than path 0.
-    losses = torch.tensor([[0.1, 0.2, 1.0, 0.1], [1.0, 1.0, 0.1, 0.1]])
-    assert choose_menu(losses, paths, 2, fixed=1).tolist() == paths[[0, 2]].tolist()
+    qualities = torch.tensor([[0.9, 0.8, 0.0, 0.9], [0.0, 0.0, 0.9, 0.9]])
+    assert choose_menu(qualities, paths, 2, fixed=1).tolist() == paths[[0, 2]].tolist()
