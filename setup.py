@@ -118,6 +118,9 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
+# at::parallel_for has no threads without it. Not passed to the linker: the one thread pool is that of torch's own
+# runtime, which libtorch brings along.
+OPENMP = ["-fopenmp"] if torch.backends.openmp.is_available() else []
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 ops = make_extension(
@@ -126,7 +129,7 @@ ops = make_extension(
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[("Py_LIMITED_API", "0x030A0000"), ("AT_PER_OPERATOR_HEADERS", None)]
     + ([("DYNPLAN_WITH_CUDA", None)] if cuda else []),
-    extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS} if cuda else {"cxx": CXX_FLAGS},
+    extra_compile_args={"cxx": CXX_FLAGS + OPENMP} | ({"nvcc": NVCC_FLAGS} if cuda else {}),
     py_limited_api=True,
 )
 native = Extension(

@@ -5,6 +5,11 @@
 
 #include "kernels/parallel.h"
 
+// Without it parallel_for would silently run on one thread.
+#ifndef INTRA_OP_PARALLEL
+#error "compile with OpenMP (-fopenmp), as torch was"
+#endif
+
 namespace dynplan {
 
 inline constexpr auto at_parallel = [](int64_t n, int64_t grain, kernels::RangeBody body) {
