@@ -20,6 +20,7 @@
 
 #include "kernels/cpu_isa.h"
 #include "kernels/encoder/packed_weights.h"
+#include "kernels/encoder/phases.h"
 #include "kernels/parallel.h"
 
 namespace dynplan::kernels {
@@ -55,6 +56,7 @@ struct ConditionalEncoderParams {
   Activation activation;
   float eps;
   float* workspace;  // encoder_workspace_floats() of them
+  PhaseTimes* phases = nullptr;  // added to, if given
 };
 
 // At most this many active rows are shared out by columns of the weights, more by rows (encoder/layer.h).

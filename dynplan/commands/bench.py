@@ -1,4 +1,7 @@
-"""``dynplan bench``: the checkout's bench/ files, or a few packaged timings where there is no checkout."""
+"""``dynplan bench``: the checkout's bench/ files, or a few packaged timings where there is no checkout.
+
+``dynplan bench --profile``: where the time of a forward goes.
+"""
 
 import subprocess
 import sys
@@ -18,8 +21,23 @@ def command(
         Path | None, typer.Option(help="The checkout's bench/ [default: found beside dynplan].")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Without bench/: timed calls of each contestant.")] = 20,
+    profile: Annotated[bool, typer.Option("--profile", help="Where does a forward spend its time?")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="--profile: folder of an encoder [default: 12 layers of width 384, random]."),
+    ] = None,
+    length: Annotated[
+        int, typer.Option(min=2, max=512, help="--profile: tokens of the longest sample.")
+    ] = 32,
+    share: Annotated[float, typer.Option(min=0, max=1, help="--profile: share of the layers kept.")] = 1.0,
+    picture: Annotated[Path, typer.Option(help="--profile: PNG to write.")] = Path("dynplan-profile.png"),
 ) -> None:
     """Time ops and whole models beside their rivals; every result is checked before it is timed."""
+    if profile:
+        from dynplan.profiling import bench_profile
+
+        bench_profile(model, length=length, share=share, picture=picture)
+        return
     folder = folder or find_bench()
     if folder is not None:
         options = ["-q", "-p", "no:cacheprovider", "--benchmark-only", *(["-k", select] if select else [])]

@@ -115,10 +115,17 @@ inline void add_tile(float* c, int64_t step, const float* other, int64_t other_s
       store(c + r * step + i, load(c + r * step + i) + load(other + r * other_step + i));
 }
 
+// Active rows begin, begin + 1, ... into a hidden-wide buffer.
+inline void gather_rows(const Layer& l, int64_t begin, int64_t rows, float* x) {
+  const PhaseTimer timer(l.p.phases, Phase::gather);
+  for (int64_t r = 0; r < rows; ++r) gather_row(l, begin + r, x + r * l.row_step);
+}
+
 // The four products of a layer on `rows` rows, panels [first, last) of each. x, y: hidden-wide buffers.
 
 inline void project_qkv(const Layer& l, int64_t rows, const float* x, float* qkv, int64_t first,
                         int64_t last) {
+  const PhaseTimer timer(l.p.phases, Phase::qkv);
   const int64_t h = l.p.hidden_size;
   multiply(rows, h, x, l.row_step, {l.weights + l.at.qkv, kPanel, h * kPanel}, first, last,
            {l.weights + l.at.qkv_bias, 0}, qkv, l.qkv_step, kNoFinish);
@@ -127,6 +134,7 @@ inline void project_qkv(const Layer& l, int64_t rows, const float* x, float* qkv
 // y = x + Wo context + bo
 inline void project_context(const Layer& l, int64_t rows, const float* context, const float* x, float* y,
                             int64_t first, int64_t last) {
+  const PhaseTimer timer(l.p.phases, Phase::output);
   const int64_t h = l.p.hidden_size, step = l.row_step;
   multiply(rows, h, context, l.qkv_step, {l.weights + l.at.output, kPanel, h * kPanel}, first, last,
            {l.weights + l.at.output_bias, 0}, y, step,
@@ -137,6 +145,7 @@ inline void project_context(const Layer& l, int64_t rows, const float* context, 
 
 // up = act(W1 y + b1)
 inline void expand(const Layer& l, int64_t rows, const float* y, float* up, int64_t first, int64_t last) {
+  const PhaseTimer timer(l.p.phases, Phase::up);
   const int64_t h = l.p.hidden_size;
   multiply(rows, h, y, l.row_step, {l.weights + l.at.up, kPanel, h * kPanel}, first, last,
            {l.weights + l.at.up_bias, 0}, up, l.up_step,
@@ -148,6 +157,7 @@ inline void expand(const Layer& l, int64_t rows, const float* y, float* up, int6
 // x = y + W2 up + b2
 inline void contract(const Layer& l, int64_t rows, const float* up, const float* y, float* x, int64_t first,
                      int64_t last) {
+  const PhaseTimer timer(l.p.phases, Phase::down);
   const int64_t i = l.p.intermediate_size, step = l.row_step;
   multiply(rows, i, up, l.up_step, {l.weights + l.at.down, kPanel, i * kPanel}, first, last,
            {l.weights + l.at.down_bias, 0}, x, step,
@@ -157,6 +167,7 @@ inline void contract(const Layer& l, int64_t rows, const float* up, const float*
 }
 
 inline void first_norm(const Layer& l, int64_t rows, float* y) {
+  const PhaseTimer timer(l.p.phases, Phase::norm1);
   for (int64_t r = 0; r < rows; ++r)
     normalise_row(y + r * l.row_step, l.p.hidden_size, l.weights + l.at.norm1_weight,
                   l.weights + l.at.norm1_bias, l.p.eps);
@@ -164,6 +175,7 @@ inline void first_norm(const Layer& l, int64_t rows, float* y) {
 
 // Rows begin, begin + 1, ... of the active ones are done: x holds them before their norm.
 inline void second_norm_and_scatter(const Layer& l, int64_t begin, int64_t rows, float* x) {
+  const PhaseTimer timer(l.p.phases, Phase::norm2);
   for (int64_t r = 0; r < rows; ++r) {
     normalise_row(x + r * l.row_step, l.p.hidden_size, l.weights + l.at.norm2_weight,
                   l.weights + l.at.norm2_bias, l.p.eps);
@@ -191,6 +203,7 @@ inline void attend_all(const Layer& l, float* qkv, Parallel parallel) {
   const AttentionShape shape = {l.p.hidden_size, l.p.heads, l.qkv_step, longest};
   total *= l.p.heads;
   parallel(kRanges, 1, [&](int64_t first, int64_t last) {
+    const PhaseTimer timer(l.p.phases, Phase::attention);
     float* scratch = thread_scratch(attention_scratch_floats(shape));
     const int64_t from = total / kRanges * first + total % kRanges * first / kRanges;
     const int64_t to = total / kRanges * last + total % kRanges * last / kRanges;
@@ -218,7 +231,7 @@ inline void run_by_rows(const Layer& l, float* qkv, Parallel parallel) {
   parallel(tiles, 1, [&](int64_t first, int64_t last) {
     float* x = thread_scratch(kGatherRows * l.row_step);
     for_blocks(row(first), row(last), kGatherRows, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) gather_row(l, r, x + (r - begin) * l.row_step);
+      gather_rows(l, begin, end - begin, x);
       project_qkv(l, end - begin, x, qkv + begin * l.qkv_step, 0, qkv_panels);
     });
   });
@@ -232,7 +245,7 @@ inline void run_by_rows(const Layer& l, float* qkv, Parallel parallel) {
     float* up = y + most * l.row_step;
     for_blocks(row(first), row(last), most, [&](int64_t begin, int64_t end) {
       const int64_t rows = end - begin;
-      for (int64_t r = 0; r < rows; ++r) gather_row(l, begin + r, x + r * l.row_step);
+      gather_rows(l, begin, rows, x);
       project_context(l, rows, qkv + begin * l.qkv_step, x, y, 0, panels);
       first_norm(l, rows, y);
       expand(l, rows, y, up, 0, up_panels);
@@ -254,7 +267,7 @@ inline void run_by_columns(const Layer& l, float* qkv, Parallel parallel) {
       body(first * kTilePanels, last == units ? panels : last * kTilePanels);
     });
   };
-  for (int64_t r = 0; r < l.active; ++r) gather_row(l, r, x + r * l.row_step);
+  gather_rows(l, 0, l.active, x);
   over_panels(3 * l.p.hidden_size,
               [&](int64_t first, int64_t last) { project_qkv(l, l.active, x, qkv, first, last); });
   attend_all(l, qkv, parallel);

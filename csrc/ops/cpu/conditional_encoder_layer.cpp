@@ -8,6 +8,7 @@
 
 #include "kernels/encoder/checks.h"
 #include "ops/conditional_encoder_layer.h"
+#include "ops/cpu/encoder_phases.h"
 #include "ops/cpu/parallel.h"
 
 namespace dynplan {
@@ -87,7 +88,8 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
                                 .heads = num_heads,
                                 .activation = chosen,
                                 .eps = static_cast<float>(eps),
-                                .workspace = workspace.mutable_data_ptr<float>()},
+                                .workspace = workspace.mutable_data_ptr<float>(),
+                                .phases = encoder_phase_times()},
                                at_parallel);
   return out;
 }
