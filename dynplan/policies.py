@@ -323,17 +323,20 @@ class PlannerPolicy(_BudgetPolicy):
 
     def plan(self, request: PlanRequest) -> Tensor:
         budget = self.budget_of(request)
-        scores = self._on(request.device)(request.hidden, request.cu_seqlens, budget)
-        paths = getattr(self.planner, "paths", None)
+        planner = self._on(request.device)
+        paths = getattr(planner, "paths", None)
+        if paths is None and budget >= 1:
+            return KeepAll().plan(request)  # whatever the scores are
+        scores = planner(request.hidden, request.cu_seqlens, budget)
         if paths is None:
             return within_budget(scores, request.cu_seqlens, budget)
         return choose_paths(scores, paths, request.cu_seqlens, budget, self.planner.price(budget))
 
     def keep(self, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> Tensor:
         budget = self.budget_of(request)
-        scores = self._on(request.device)(layer, hidden, request.cu_seqlens, budget)
         if budget >= 1:
-            return torch.ones_like(scores, dtype=torch.bool)
+            return torch.ones_like(plan[:, layer])  # whatever the scores are
+        scores = self._on(request.device)(layer, hidden, request.cu_seqlens, budget)
         wanted = scores >= self.planner.threshold(budget)
         if len(scores) == 1:
             # As in within_budget: one sample's tokens and layers come to the same.
