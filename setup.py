@@ -118,8 +118,8 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
-# at::parallel_for has no threads without it. Not passed to the linker: the one thread pool is torch's own, which
-# libtorch brings along.
+# at::parallel_for has no threads without it. The linker does not get it: the one thread pool is torch's own,
+# which libtorch brings along.
 OPENMP = ["-fopenmp"] if torch.backends.openmp.is_available() else []
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
