@@ -1,0 +1,176 @@
+"""region_cross_entropy, forward and backward, beside what a user would otherwise run, in one interleaved run.
+
+    python bench/bench_region_cross_entropy.py --shape voc-2 --kernel 3 5 7 --labels scene noise
+    python bench/bench_region_cross_entropy.py --device cuda --dtype bfloat16 --shape cityscapes --kernel 5
+
+Rivals: ``F.cross_entropy`` (no windows at all), the eager shift-and-add form (the reference), ``F.unfold``,
+and, with ``--compile``, the shift-and-add form under torch.compile. Results are checked against fp64 before
+they are timed. Floor: three logit-sized transfers (read, read, write), labels twice, 16 bytes a pixel.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dynplan.benchmarking import append_history, environment, interleave
+from dynplan.ops import region_cross_entropy
+from dynplan.reference import region_cross_entropy as reference
+
+SHAPES = {
+    "tiny": (2, 21, 65, 65),
+    "voc-2": (2, 21, 321, 321),
+    "camvid": (4, 12, 180, 240),
+    "volume-small": (1, 8, 32, 64, 64),
+    "voc": (10, 21, 321, 321),
+    "cityscapes": (8, 19, 512, 1024),
+    "ade": (16, 150, 512, 512),
+    "volume": (2, 32, 128, 128, 128),
+}
+LARGEST_UNFOLD = 4 << 30  # bytes of its buffer
+
+
+def labels(kind: str, shape: tuple[int, ...], device: str) -> Tensor:
+    """(N, *spatial): ``scene``, smooth objects of some 60 pixels; ``noise``, independent pixels."""
+    batch, classes, *space = shape
+    if kind == "noise":
+        return torch.randint(classes, (batch, *space), device=device)
+    cells = [max(2, round(n / 60) + 1) for n in space]
+    coarse = torch.randn(batch, min(classes, 32), *cells, device=device)
+    mode = "bilinear" if len(space) == 2 else "trilinear"
+    return F.interpolate(coarse, space, mode=mode, align_corners=True).argmax(1)
+
+
+def unfold_form(input: Tensor, target: Tensor, kernel_size: int, p: float = 5.0) -> Tensor:
+    """The loss with default options by F.unfold: every window of logits and labels written out."""
+    batch, classes, height, width = input.shape
+    r, taps = kernel_size // 2, kernel_size**2
+    values = F.unfold(input, kernel_size, padding=r).view(batch, classes, taps, height, width)
+    shifted = F.pad(target, [r] * 4, value=-1).to(input.dtype)[:, None]
+    same = F.unfold(shifted, kernel_size).view(batch, taps, height, width) == target[:, None]
+    offsets = torch.arange(-r, r + 1, device=input.device)
+    weight = torch.exp(-0.5 * torch.maximum(offsets[:, None].abs(), offsets.abs()).flatten() ** 2)
+    weight = same * weight.to(input.dtype).view(1, taps, 1, 1)
+    pooled = (values * weight[:, None]).sum(2) / weight.sum(1, keepdim=True)
+    losses = F.cross_entropy(pooled, target, reduction="none")
+    largest = losses.max().detach()
+    return largest * (losses / largest).pow(p).mean().pow(1 / p)
+
+
+def peak_bytes(step, device: str) -> int:
+    """Most bytes allocated at once beyond those alive before ``step``."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def rivals(input: Tensor, target: Tensor, kernels: list[int], compiled: bool, fast: bool) -> dict:
+    """Name to loss; ``cross_entropy`` comes first and is what ratios are to."""
+    losses = {"cross_entropy": lambda: F.cross_entropy(input, target)}
+    for k in kernels:
+        losses[f"dynplan {k}"] = lambda k=k: region_cross_entropy(input, target, kernel_size=k)
+        if fast:
+            continue
+        losses[f"shift {k}"] = lambda k=k: reference.region_cross_entropy(input, target, kernel_size=k)
+        if input.dim() == 4 and input.numel() * input.element_size() * k * k <= LARGEST_UNFOLD:
+            losses[f"unfold {k}"] = lambda k=k: unfold_form(input, target, k)
+        if compiled:
+            form = torch.compile(reference.region_cross_entropy)
+            losses[f"compiled shift {k}"] = lambda k=k, form=form: form(input, target, kernel_size=k)
+    return losses
+
+
+def check(losses: dict, input: Tensor, target: Tensor) -> None:
+    """Every windowed loss equals the reference in fp64, within what its dtype can hold."""
+    exact = {}
+    for name, loss in losses.items():
+        if name == "cross_entropy":
+            continue
+        k = int(name.split()[-1])
+        if k not in exact:
+            exact[k] = reference.region_cross_entropy(input.detach().double(), target, kernel_size=k).item()
+        tolerance = 1e-4 if input.dtype == torch.float32 else 3e-2
+        value = loss().item()
+        assert math.isclose(value, exact[k], rel_tol=tolerance), f"{name}: {value}, expected {exact[k]}"
+
+
+def bench(shape: str, label_kind: str, arguments) -> list[dict]:
+    """One table: all rivals on one shape and label map."""
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    torch.manual_seed(0)
+    input = (2 * torch.randn(SHAPES[shape], device=device)).to(dtype).requires_grad_()
+    target = labels(label_kind, SHAPES[shape], device)
+    losses = rivals(input, target, arguments.kernel, arguments.compile, arguments.fast)
+    if not arguments.unchecked:
+        check(losses, input, target)
+
+    def step(loss):
+        return lambda: torch.autograd.grad(loss(), input)
+
+    steps = {name: step(loss) for name, loss in losses.items()}
+    timings = interleave(steps, rounds=arguments.rounds)
+    pixels, size = target.numel(), input.numel() * input.element_size()
+    floor = 3 * size + 2 * target.numel() * target.element_size() + 16 * pixels
+    table = Table(
+        "loss", "p20 ms", "p50 ms", "p80 ms", "of cross_entropy", "GB/s of floor", "extra MB",
+        title=f"{shape} {SHAPES[shape]} {arguments.dtype}, {label_kind}, {torch.get_num_threads()} threads",
+    )  # fmt: skip
+    rows = []
+    for name, timing in timings.items():
+        extra = peak_bytes(steps[name], device)
+        ratio = timing.p50 / timings["cross_entropy"].p50
+        table.add_row(
+            name, *(f"{t * 1e3:.2f}" for t in timing[:3]), f"{ratio:.2f}", f"{floor / timing.p50 / 1e9:.1f}",
+            f"{extra / 1e6:.1f}",
+        )  # fmt: skip
+        row = {"op": "region_cross_entropy", "impl": name, "shape": shape, "labels": label_kind}
+        rows.append(
+            row | {"dtype": arguments.dtype, "extra_bytes": extra, "floor_bytes": floor} | timing._asdict()
+        )
+    Console().print(table)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["voc-2"])
+    parser.add_argument("--labels", nargs="+", choices=["scene", "noise"], default=["scene", "noise"])
+    parser.add_argument("--kernel", nargs="+", type=int, default=[3, 5, 7])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--compile", action="store_true", help="add torch.compile of the shift-and-add form")
+    parser.add_argument("--fast", action="store_true", help="cross_entropy and dynplan alone")
+    parser.add_argument("--unchecked", action="store_true", help="skip the fp64 check (large shapes)")
+    parser.add_argument("--history", type=Path, help="append the rows to this file of JSON lines")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = [
+        row for shape in arguments.shape for kind in arguments.labels for row in bench(shape, kind, arguments)
+    ]
+    if arguments.history:
+        append_history(arguments.history, [row | environment(arguments.device) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
