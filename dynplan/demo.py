@@ -67,7 +67,9 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
         robust_epochs=1.0,
         learning_rate=1e-4,
         planner_epochs=8.0,
-        planner_rows=1500,
+        planner_rows=800,
+        search_rows=160,
+        search_swaps=4,
         max_length=64,
         seed=seed,
     )

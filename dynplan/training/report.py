@@ -23,19 +23,15 @@ _DPI = 160
 
 
 def columns(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the results table, as strings."""
+    """Header and cells of the results table, as strings.
+
+    layers: share of sample-layers run; work: share of token-layers; ms: milliseconds per sentence.
+    """
     figures = [name for name in rows[0].figures if name != "score"]
     ranked = task.metric.split("+")
     figures = [name for name in ranked if name in figures]
     sizes = list(rows[0].latency_ms)
-    header = [
-        "policy",
-        "budget",
-        *figures,
-        "layers run",
-        "tokens x layers",
-        *(f"ms/sentence, batch {s}" for s in sizes),
-    ]
+    header = ["policy", "budget", *figures, "layers", "work", *(f"ms, batch {size}" for size in sizes)]
     cells = []
     for row in rows:
         spread = f" ±{row.spread:.3f}" if row.spread and len(figures) == 1 else ""
@@ -215,6 +211,7 @@ def write_report(
         f"# {title}",
         intro,
         markdown_table(task, rows),
+        "layers: share of sample-layers run; work: share of token-layers; ms: milliseconds per sentence.",
         f"Latency: medians, contestants timed in turn, on {where['device']} ({where['isa']}),"
         f" {where['threads']} threads, torch {where['torch']}, float32; the forward alone, not tokenizing."
         " Random paths: mean and standard deviation over three seeds.",
