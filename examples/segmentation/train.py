@@ -1,6 +1,5 @@
 """Train one network with one loss, and score it."""
 
-import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 from tqdm import tqdm
 
+from dynplan.nn import RegionCrossEntropyLoss
 from dynplan.ops import region_cross_entropy
 
 from .data import Classes, Split
@@ -30,7 +30,7 @@ class LossOptions(NamedTuple):
     def build(self, ignore_id: int) -> Callable[[Tensor, Tensor], Tensor]:
         if self.kind == "cross-entropy":
             return nn.CrossEntropyLoss(ignore_index=ignore_id)
-        return functools.partial(region_cross_entropy, **self.windows(), p=self.p, ignore_index=ignore_id)
+        return RegionCrossEntropyLoss(**self.windows(), p=self.p, ignore_index=ignore_id)
 
     def windows(self) -> dict:
         """The options that make the loss of a window, without those that average the windows."""
