@@ -52,8 +52,8 @@ def main_jobs(settings: Settings, rates: dict[str, float], seeds: int) -> list[J
 def ablation_losses(base: LossOptions) -> list[LossOptions]:
     """One factor changed at a time from ``base``, without the losses that the main part runs."""
     grid = {
-        "kernel_size": (1, 3, 5, 7),
         "p": (1.0, 2.0, 5.0),
+        "kernel_size": (1, 3, 5, 7),
         "sigma": (0.5, 1.0, 2.0),
         "normalize": ("weight", "count"),
         "merge": ("logits", "probs"),
