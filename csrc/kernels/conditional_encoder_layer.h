@@ -55,7 +55,8 @@ struct ConditionalEncoderParams {
   int64_t heads;              // divides H
   Activation activation;
   float eps;
-  float* workspace;  // encoder_workspace_floats() of them
+  int64_t workers = 1;           // threads the Parallel drives, at least 1
+  float* workspace;              // encoder_workspace_floats() of them
   PhaseTimes* phases = nullptr;  // added to, if given
 };
 

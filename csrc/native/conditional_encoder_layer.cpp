@@ -94,6 +94,7 @@ Dense<float> conditional_encoder(const Dense<float>& hidden, const Dense<int32_t
                                 .heads = heads,
                                 .activation = parse_activation(activation),
                                 .eps = eps,
+                                .workers = 1,
                                 .workspace = workspace.data()},
                                kernels::serial, parse_isa(isa));
   return out;

@@ -8,6 +8,8 @@
 // Included once per instruction set (isa/conditional_encoder_layer_*.cpp).
 #pragma once
 
+#include <atomic>
+
 #include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/attention.h"
 #include "kernels/encoder/scratch.h"
@@ -183,6 +185,22 @@ inline void second_norm_and_scatter(const Layer& l, int64_t begin, int64_t rows,
   }
 }
 
+// Hands out [0, units) to whoever asks, in pieces that shrink towards the end: a thread that the machine
+// holds up takes fewer of them. Which thread takes which piece leaves no trace in the bits.
+template <class Body>
+void share_out(int64_t units, int64_t workers, Parallel parallel, Body body) {
+  std::atomic<int64_t> next{0};
+  parallel(workers, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.load(std::memory_order_relaxed); begin < units;) {
+      const int64_t fair = workers == 1 ? units : (units - begin) / (2 * workers);
+      const int64_t end = begin + (fair < 1 ? 1 : fair);
+      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      body(begin, end);
+      begin = next.load(std::memory_order_relaxed);
+    }
+  });
+}
+
 // [begin, end) in blocks of at most `most` rows, as even as can be.
 template <class Body>
 void for_blocks(int64_t begin, int64_t end, int64_t most, Body body) {
@@ -193,7 +211,7 @@ void for_blocks(int64_t begin, int64_t end, int64_t most, Body body) {
 // Attention of all sequences, cut into ranges of equal cost: a head of a sequence of n rows costs n (n + c),
 // with c for what does not grow with n^2 (transposing keys, reading q, k and v).
 inline void attend_all(const Layer& l, float* qkv, Parallel parallel) {
-  constexpr int64_t kLinearCost = 32, kRanges = 64;
+  constexpr int64_t kLinearCost = 32, kRanges = 128;
   int64_t total = 0, longest = 0;
   for (int64_t s = 0; s < l.sequences; ++s) {
     const int64_t n = l.cu_seqlens[s + 1] - l.cu_seqlens[s];
@@ -202,7 +220,7 @@ inline void attend_all(const Layer& l, float* qkv, Parallel parallel) {
   }
   const AttentionShape shape = {l.p.hidden_size, l.p.heads, l.qkv_step, longest};
   total *= l.p.heads;
-  parallel(kRanges, 1, [&](int64_t first, int64_t last) {
+  share_out(kRanges, l.p.workers, parallel, [&](int64_t first, int64_t last) {
     const PhaseTimer timer(l.p.phases, Phase::attention);
     float* scratch = thread_scratch(attention_scratch_floats(shape));
     const int64_t from = total / kRanges * first + total % kRanges * first / kRanges;
@@ -228,7 +246,7 @@ inline void run_by_rows(const Layer& l, float* qkv, Parallel parallel) {
   const int64_t up_panels = round_up(l.p.intermediate_size, kPanel) / kPanel;
   const int64_t qkv_panels = round_up(3 * l.p.hidden_size, kPanel) / kPanel;
 
-  parallel(tiles, 1, [&](int64_t first, int64_t last) {
+  share_out(tiles, l.p.workers, parallel, [&](int64_t first, int64_t last) {
     float* x = thread_scratch(kGatherRows * l.row_step);
     for_blocks(row(first), row(last), kGatherRows, [&](int64_t begin, int64_t end) {
       gather_rows(l, begin, end - begin, x);
@@ -239,7 +257,7 @@ inline void run_by_rows(const Layer& l, float* qkv, Parallel parallel) {
 
   int64_t most = kBlockBytes / 4 / (l.up_step + 2 * l.row_step);
   if (most < kTileRows) most = kTileRows;
-  parallel(tiles, 1, [&](int64_t first, int64_t last) {
+  share_out(tiles, l.p.workers, parallel, [&](int64_t first, int64_t last) {
     float* x = thread_scratch(most * (l.up_step + 2 * l.row_step));
     float* y = x + most * l.row_step;
     float* up = y + most * l.row_step;
@@ -263,7 +281,7 @@ inline void run_by_columns(const Layer& l, float* qkv, Parallel parallel) {
   const auto over_panels = [&](int64_t columns, auto body) {
     const int64_t panels = round_up(columns, kPanel) / kPanel,
                   units = (panels + kTilePanels - 1) / kTilePanels;
-    parallel(units, 1, [&](int64_t first, int64_t last) {
+    share_out(units, l.p.workers, parallel, [&](int64_t first, int64_t last) {
       body(first * kTilePanels, last == units ? panels : last * kTilePanels);
     });
   };

@@ -1,4 +1,5 @@
 #if defined(__x86_64__)
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>

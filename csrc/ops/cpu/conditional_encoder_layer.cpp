@@ -88,6 +88,7 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
                                 .heads = num_heads,
                                 .activation = chosen,
                                 .eps = static_cast<float>(eps),
+                                .workers = at::get_num_threads(),
                                 .workspace = workspace.mutable_data_ptr<float>(),
                                 .phases = encoder_phase_times()},
                                at_parallel);
