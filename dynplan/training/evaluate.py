@@ -175,18 +175,30 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
 def _rival_scores(model, static, batches, task, rows: list[Row]) -> None:
     """Give each planner row the score of best fixed subsets mixed to the very same share of compute.
 
-    A subset holds whole layers, a planner's batch need not; running one subset on some samples and the next
-    larger one on the others gives any share between, and a score between theirs in proportion.
+    A subset holds whole layers, a planner's batch need not; running one subset on some samples and a larger
+    one on the others gives any share between, and a score between theirs in proportion.
     """
     layers = model.config.num_hidden_layers
     curve = {}
-    for size in {**static, layers: tuple(range(layers))}:
+    for size in {0, *static, layers}:
         model.dynplan.policy = StaticPath(static, size / layers)
         curve[size / layers] = predict(model, batches, task).figures(task)["score"]
-    shares = sorted(curve)
     for row in rows:
         if row.name == "planner":
-            row.rival_score = float(np.interp(row.sample_layers, shares, [curve[share] for share in shares]))
+            row.rival_score = best_mixture(curve, row.sample_layers)
+
+
+def best_mixture(curve: dict[float, float], share: float) -> float:
+    """The best score that mixing two points of ``curve`` (share -> score) reaches with ``share`` of the
+    layers.
+    """
+    reached = [
+        curve[low] + (curve[high] - curve[low]) * (share - low) / (high - low)
+        for low in curve
+        for high in curve
+        if low <= share <= high and low < high
+    ]
+    return max(reached)
 
 
 def planner_plans(

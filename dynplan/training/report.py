@@ -67,7 +67,7 @@ def markdown_table(task: Task, rows: list[Row]) -> str:
 def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
     """One sentence per budget: whether the planner beats the best fixed subset, said plainly either way.
 
-    A difference within one standard error of a proportion at ``samples`` rows is called a tie.
+    A difference within one standard error of the score at ``samples`` rows is called a tie.
     """
     fixed = {row.budget: row for row in rows if row.name == "best fixed subset"}
     sentences = []
@@ -75,7 +75,7 @@ def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
         if row.name != "planner" or row.budget not in fixed:
             continue
         score, rival = row.figures["score"], row.rival_score
-        margin = float(np.sqrt(max(score * (1 - score), 0.01) / samples))
+        margin = _standard_error(task, score, samples)
         if score - rival > margin:
             words = "beats the best fixed subset"
         elif rival - score > margin:
@@ -88,6 +88,12 @@ def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
             f"{samples} samples, standard error about {margin:.3f})."
         )
     return sentences
+
+
+def _standard_error(task: Task, score: float, samples: int) -> float:
+    if any(name in task.metric for name in ("matthews", "pearson", "spearman")):
+        return (1 - score**2) / samples**0.5  # of a correlation
+    return max(score * (1 - score), 0.01) ** 0.5 / samples**0.5  # of a proportion
 
 
 def _pyplot():
