@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynplan import _native
 from dynplan.ops import region_cross_entropy, region_cross_entropy_stats
 from dynplan.reference import region_cross_entropy as reference
 
@@ -270,3 +271,17 @@ def test_loss_and_map_are_differentiable_together():
         )
 
     torch.testing.assert_close(both(ours), both(plain))
+
+
+def test_native_module_runs_the_same_kernels():
+    input, target = case(12, 17, dtype=torch.float32)
+    value, losses, gradient = _native.region_cross_entropy(
+        input.numpy(), target.numpy(), kernel_size=3, p=2.0
+    )
+    expected = region_cross_entropy(input.requires_grad_(), target, kernel_size=3, p=2.0)
+    assert value == expected.item()
+    assert torch.equal(torch.from_numpy(gradient), torch.autograd.grad(expected, input)[0])
+    reference_map = region_cross_entropy(input, target, kernel_size=3, reduction="none")
+    assert torch.equal(torch.from_numpy(losses), reference_map)
+    with pytest.raises(IndexError, match="got 9"):
+        _native.region_cross_entropy(input.detach().numpy(), target.clamp_min(9).numpy())
