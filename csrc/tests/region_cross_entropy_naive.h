@@ -22,7 +22,7 @@ class NaiveRegion {
  public:
   explicit NaiveRegion(const RegionCrossEntropyParams& params) : p_(params) {}
 
-  NaiveRegionLoss run(double grad_value) {
+  NaiveRegionLoss run(double grad_value, const double* grad_losses = nullptr) {
     const int64_t anchors = p_.anchors[0] * p_.anchors[1] * p_.anchors[2];
     NaiveRegionLoss out;
     out.losses.assign(p_.batch * anchors, 0);
@@ -68,6 +68,7 @@ class NaiveRegion {
       double s = grad_value;
       if (mean)
         s *= out.value > 0 || p_.p == 1 ? std::pow(out.losses[at] / out.value, p_.p - 1) / out.normalizer : 0;
+      if (grad_losses) s += grad_losses[at];
       scatter(n, y, gather(n, pixel, y), s, probs ? 0 : out.lse[at], out.grad_input);
     });
     return out;

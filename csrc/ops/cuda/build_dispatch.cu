@@ -1,5 +1,4 @@
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -16,7 +15,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> build_dispatch_cuda(const at::Ten
                                                                    const at::Tensor& cu_seqlens,
                                                                    int64_t capacity) {
   check_build_dispatch(keep, cu_seqlens, capacity);
-  const c10::cuda::CUDAGuard guard(keep.device());
+  const DeviceScope device("build_dispatch", keep.device());
   const at::Tensor offsets = cu_seqlens.contiguous();
   const bool all_layers = keep.dim() == 2;
   const int64_t samples = keep.size(0);
@@ -37,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> build_dispatch_cuda(const at::Ten
                                     .rows = rows.mutable_data_ptr<int32_t>(),
                                     .active_cu_seqlens = active_cu_seqlens.mutable_data_ptr<int32_t>(),
                                     .counts = counts.mutable_data_ptr<int32_t>()},
-                                   current_stream()));
+                                   device.stream()));
   return {rows, active_cu_seqlens, counts};
 }
 

@@ -1,6 +1,5 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <torch/library.h>
@@ -66,8 +65,9 @@ struct Dispatch {
 };
 
 template <class T>
-void run_layers(const Dispatch& dispatch, at::TensorList packed_weights, int64_t intermediate,
-                int64_t num_heads, kernels::cuda::Activation activation, double eps, at::Tensor& hidden) {
+void run_layers(const DeviceScope& device, const Dispatch& dispatch, at::TensorList packed_weights,
+                int64_t intermediate, int64_t num_heads, kernels::cuda::Activation activation, double eps,
+                at::Tensor& hidden) {
   const int64_t capacity = hidden.size(0), width = hidden.size(1), samples = dispatch.cu_seqlens.size(-1) - 1;
   const at::Tensor workspace =
       at::empty({kernels::cuda::encoder_workspace_size(capacity, width, intermediate)}, hidden.options());
@@ -89,7 +89,7 @@ void run_layers(const Dispatch& dispatch, at::TensorList packed_weights, int64_t
          .eps = static_cast<float>(eps),
          .workspace = static_cast<T*>(workspace.mutable_data_ptr()),
          .multiprocessors = multiprocessors},
-        current_stream()));
+        device.stream()));
   }
 }
 
@@ -98,11 +98,7 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
                c10::string_view activation, double eps) {
   check_conditional_encoder(op, hidden, rows, cu_seqlens, counts, packed_weights, num_heads);
   const kernels::cuda::Activation chosen = cuda_activation(parse_activation(op, activation));
-  const c10::cuda::CUDAGuard guard(hidden.device());
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, hidden.device().index());
-  TORCH_CHECK_NOT_IMPLEMENTED(major >= 8, op, ": expected a GPU of compute capability 8.0 or newer, got ",
-                              major, ".",
-                              device_attribute(cudaDevAttrComputeCapabilityMinor, hidden.device().index()));
+  const DeviceScope device(op, hidden.device());
   at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   out.copy_(hidden);
   if (packed_weights.empty() || out.numel() == 0) return out;
@@ -113,7 +109,7 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
   check_size(op, "the head dimension", width / num_heads, kernels::cuda::kMaxHeadDim);
   const Dispatch dispatch{rows.contiguous(), cu_seqlens.contiguous(), counts.contiguous()};
   const auto run_as = [&]<class T>(T*) {
-    run_layers<T>(dispatch, packed_weights, intermediate, num_heads, chosen, eps, out);
+    run_layers<T>(device, dispatch, packed_weights, intermediate, num_heads, chosen, eps, out);
   };
   switch (hidden.scalar_type()) {
     case at::kFloat:

@@ -1,7 +1,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -14,7 +13,8 @@ namespace dynplan {
 namespace {
 
 // out[t] = the row of `hidden` (B, S, H) at flat position indices[t], zeros where that is -1.
-void gather_rows(const at::Tensor& hidden, const at::Tensor& indices, at::Tensor& out) {
+void gather_rows(const DeviceScope& device, const at::Tensor& hidden, const at::Tensor& indices,
+                 at::Tensor& out) {
   // Only a row must be dense; batches and positions may be strided, expanded or permuted.
   const at::Tensor source = hidden.size(2) <= 1 || hidden.stride(2) == 1 ? hidden : hidden.contiguous();
   const int64_t element = source.element_size();
@@ -26,13 +26,13 @@ void gather_rows(const at::Tensor& hidden, const at::Tensor& indices, at::Tensor
                                             .indices = indices.const_data_ptr<int32_t>(),
                                             .tokens = indices.numel(),
                                             .packed = static_cast<char*>(out.mutable_data_ptr())},
-                                           source.size(0) * source.size(1), current_stream()));
+                                           source.size(0) * source.size(1), device.stream()));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_cuda(const at::Tensor& hidden,
                                                          const at::Tensor& attention_mask) {
   check_pack(hidden, attention_mask);
-  const c10::cuda::CUDAGuard guard(hidden.device());
+  const DeviceScope device("pack", hidden.device());
   const int64_t positions = hidden.size(0) * hidden.size(1);
   const at::Tensor mask = attention_mask.contiguous();
   const auto int32 = mask.options().dtype(at::kInt);
@@ -49,32 +49,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_cuda(const at::Tensor& hidde
                                                .counts = counts.mutable_data_ptr<int32_t>(),
                                                .indices = indices.mutable_data_ptr<int32_t>(),
                                                .cu_seqlens = cu_seqlens.mutable_data_ptr<int32_t>()},
-                                              current_stream()));
+                                              device.stream()));
   });
-  gather_rows(hidden, indices, packed);
+  gather_rows(device, hidden, indices, packed);
   return {packed, indices, cu_seqlens};
 }
 
 at::Tensor unpack_cuda(const at::Tensor& packed, const at::Tensor& indices, int64_t batch_size,
                        int64_t length) {
   check_unpack(packed, indices, batch_size, length);
-  const c10::cuda::CUDAGuard guard(packed.device());
+  const DeviceScope device("unpack", packed.device());
   const int64_t positions = batch_size * length;
   const at::Tensor dense_indices = indices.contiguous();
   at::Tensor hidden = at::empty({batch_size, length, packed.size(1)}, packed.options());
   at::Tensor slots = at::empty({positions}, dense_indices.options());
   C10_CUDA_CHECK(kernels::invert_indices_cuda(dense_indices.const_data_ptr<int32_t>(), dense_indices.numel(),
-                                              positions, slots.mutable_data_ptr<int32_t>(),
-                                              current_stream()));
-  gather_rows(packed.unsqueeze(0), slots, hidden);
+                                              positions, slots.mutable_data_ptr<int32_t>(), device.stream()));
+  gather_rows(device, packed.unsqueeze(0), slots, hidden);
   return hidden;
 }
 
 at::Tensor unpack_backward_cuda(const at::Tensor& grad, const at::Tensor& indices) {
   check_unpack_backward(grad, indices);
-  const c10::cuda::CUDAGuard guard(grad.device());
+  const DeviceScope device("_unpack_backward", grad.device());
   at::Tensor out = at::empty({indices.size(0), grad.size(2)}, grad.options());
-  gather_rows(grad, indices.contiguous(), out);
+  gather_rows(device, grad, indices.contiguous(), out);
   return out;
 }
 

@@ -1,0 +1,7 @@
+#include "ops/cuda/region_cross_entropy_kernels.h"
+
+namespace dynplan::kernels {
+
+DYNPLAN_REGION_LAUNCHERS(, double)
+
+}  // namespace dynplan::kernels

@@ -1,0 +1,136 @@
+// The four ops of region_cross_entropy.h over a backend, so that the long signatures stand once. A backend
+// has
+//   static void forward(const char* op, const at::Tensor& input, const Params&, const State&)
+//   static void backward(const char* op, const at::Tensor& input, const Params&, const State&, const Grad&)
+#pragma once
+
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "ops/region_cross_entropy.h"
+
+namespace dynplan {
+
+template <class Backend>
+class RegionCrossEntropyOps {
+  using Tensor = at::Tensor;
+  using OptionalTensor = std::optional<at::Tensor>;
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using Ints = at::IntArrayRef;
+  using Floats = at::ArrayRef<double>;
+  using Word = std::string_view;
+
+ public:
+  static void implement(torch::Library& m) {
+    m.impl("region_cross_entropy", &plain);
+    m.impl("_region_cross_entropy_backward", &plain_backward);
+    m.impl("region_cross_entropy_upsampled", &upsampled);
+    m.impl("_region_cross_entropy_upsampled_backward", &upsampled_backward);
+  }
+
+ private:
+  static constexpr const char* kPlain = "region_cross_entropy";
+  static constexpr const char* kUpsampled = "region_cross_entropy_upsampled";
+
+  // Params with the class weights attached; `dense_weight` owns them.
+  static kernels::RegionCrossEntropyParams make_params(const char* op, const Tensor& input,
+                                                       const Tensor& target, const OptionalTensor& weight,
+                                                       std::optional<bool> align_corners,
+                                                       const RegionOptions& options, Tensor& dense_weight) {
+    auto params = region_cross_entropy_params(op, input, target, weight, align_corners, options);
+    if (weight) {
+      dense_weight = weight->contiguous();
+      params.class_weight = dense_weight.const_data_ptr();
+    }
+    return params;
+  }
+
+  static Outputs forward(const char* op, const Tensor& input, const Tensor& target,
+                         const OptionalTensor& weight, std::optional<bool> align_corners,
+                         const RegionOptions& options, bool agreement) {
+    Tensor dense_weight;
+    const auto params = make_params(op, input, target, weight, align_corners, options, dense_weight);
+    RegionOutputs out = region_cross_entropy_outputs(params, input, target, agreement);
+    Backend::forward(op, input, params,
+                     {.losses = out.losses.mutable_data_ptr(),
+                      .lse = out.lse.mutable_data_ptr(),
+                      .agreement = agreement ? out.agreement.template mutable_data_ptr<int16_t>() : nullptr,
+                      .value = out.value.mutable_data_ptr(),
+                      .normalizer = out.normalizer.template mutable_data_ptr<double>()});
+    return {out.value, out.normalizer, out.losses, out.lse, out.agreement};
+  }
+
+  static Tensor backward(const char* op, const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
+                         const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                         std::optional<bool> align_corners, const Tensor& value, const Tensor& normalizer,
+                         const Tensor& losses, const Tensor& lse, const RegionOptions& options) {
+    Tensor dense_weight;
+    const auto params = make_params(op, input, target, weight, align_corners, options, dense_weight);
+    auto grad =
+        region_cross_entropy_grad(op, params, grad_value, grad_losses, input, value, normalizer, losses, lse);
+    Tensor grad_input = at::empty_like(input);
+    grad.grad_input = grad_input.mutable_data_ptr();
+    const int64_t axes = input.dim() - 2;
+    grad.grad_input_stride[0] = grad_input.stride(0);
+    grad.grad_input_stride[1] = grad_input.stride(1);
+    for (int64_t axis = 0; axis < axes; ++axis)
+      grad.grad_input_stride[5 - axes + axis] = grad_input.stride(axis + 2);
+    // The backward only reads the state; the struct is the one that the forward writes through.
+    Backend::backward(op, input, params,
+                      {.losses = const_cast<void*>(losses.const_data_ptr()),
+                       .lse = const_cast<void*>(lse.const_data_ptr()),
+                       .value = const_cast<void*>(value.const_data_ptr()),
+                       .normalizer = const_cast<double*>(normalizer.template const_data_ptr<double>())},
+                      grad);
+    return grad_input;
+  }
+
+  static Outputs plain(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                       Ints kernel_size, Ints stride, Floats spacing, double sigma, double p, Word merge,
+                       Word normalize, Ints ignore_index, double label_smoothing, Word reduction,
+                       bool agreement) {
+    return forward(
+        kPlain, input, target, weight, std::nullopt,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+        agreement);
+  }
+
+  static Outputs upsampled(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                           bool align_corners, Ints kernel_size, Ints stride, Floats spacing, double sigma,
+                           double p, Word merge, Word normalize, Ints ignore_index, double label_smoothing,
+                           Word reduction, bool agreement) {
+    return forward(
+        kUpsampled, input, target, weight, align_corners,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+        agreement);
+  }
+
+  static Tensor plain_backward(const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
+                               const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                               const Tensor& value, const Tensor& normalizer, const Tensor& losses,
+                               const Tensor& lse, Ints kernel_size, Ints stride, Floats spacing, double sigma,
+                               double p, Word merge, Word normalize, Ints ignore_index,
+                               double label_smoothing, Word reduction) {
+    return backward(
+        kPlain, grad_value, grad_losses, input, target, weight, std::nullopt, value, normalizer, losses, lse,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
+  }
+
+  static Tensor upsampled_backward(const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
+                                   const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                   bool align_corners, const Tensor& value, const Tensor& normalizer,
+                                   const Tensor& losses, const Tensor& lse, Ints kernel_size, Ints stride,
+                                   Floats spacing, double sigma, double p, Word merge, Word normalize,
+                                   Ints ignore_index, double label_smoothing, Word reduction) {
+    return backward(
+        kUpsampled, grad_value, grad_losses, input, target, weight, align_corners, value, normalizer, losses,
+        lse,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
+  }
+};
+
+}  // namespace dynplan
