@@ -175,29 +175,32 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     const int32_t row0 = static_cast<int32_t>(tile % row_tiles) * Tile::kRows;
     const int32_t column0 = static_cast<int32_t>(tile / row_tiles) * Tile::kColumns;
 
-    const T* a_rows[Tile::kRows / kRowStep];  // null: beyond the last row, or not a row at all
+    // Where this thread's copies begin. What `has_row` and the widths rule out is never read, so addresses of
+    // those may be any.
+    const T* a_rows[Tile::kRows / kRowStep];
+    uint32_t has_row = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kRows / kRowStep; ++i) {
       const int32_t i_row = row0 + copy_row + i * kRowStep;
       const int64_t row = i_row >= count ? -1 : p.rows ? p.rows[i_row] : i_row;
-      a_rows[i] = row >= 0 && row < p.capacity ? p.a + row * p.k : nullptr;
+      const bool valid = row >= 0 && row < p.capacity;
+      a_rows[i] = p.a + (valid ? row : 0) * p.k + copy_chunk * kChunk;
+      has_row |= uint32_t{valid} << i;
     }
+    const int32_t column_rows = p.n - column0 - copy_row;  // weights from this thread's first on
+    const T* const b_rows = p.weight + static_cast<int64_t>(column0 + copy_row) * p.k + copy_chunk * kChunk;
     const auto copy_slab = [&](int32_t slab) {
       unsigned char* const a = shared + slab % kSlabBuffers * kBufferBytes + copy_offset;
       unsigned char* const b = a + Tile::kRows * kSlabBytes;
-      const int32_t k = slab * kSlab + copy_chunk * kChunk;
+      const int32_t k = slab * kSlab;
+      const bool inside = k + copy_chunk * kChunk < p.k;
 #pragma unroll
-      for (int i = 0; i < Tile::kRows / kRowStep; ++i) {
-        const bool valid = a_rows[i] != nullptr && k < p.k;
-        copy_async(a + i * kRowStep * kSlabBytes, valid ? a_rows[i] + k : p.a, valid);
-      }
+      for (int i = 0; i < Tile::kRows / kRowStep; ++i)
+        copy_async(a + i * kRowStep * kSlabBytes, a_rows[i] + k, inside && (has_row >> i & 1));
 #pragma unroll
-      for (int i = 0; i < Tile::kColumns / kRowStep; ++i) {
-        const int32_t column = column0 + copy_row + i * kRowStep;
-        const bool valid = column < p.n && k < p.k;
-        copy_async(b + i * kRowStep * kSlabBytes,
-                   valid ? p.weight + static_cast<int64_t>(column) * p.k + k : p.weight, valid);
-      }
+      for (int i = 0; i < Tile::kColumns / kRowStep; ++i)
+        copy_async(b + i * kRowStep * kSlabBytes, b_rows + static_cast<int64_t>(i * kRowStep) * p.k + k,
+                   inside && i * kRowStep < column_rows);
     };
 
     WarpSums<T, Tile::kWarp> sums;
