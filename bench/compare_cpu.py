@@ -212,7 +212,8 @@ def show(case: Case, rows: list[dict], absent: dict[str, str]) -> None:
 def record(rows: list[dict], history: Path, **more: object) -> None:
     from dynplan.benchmarking import append_history, environment
 
-    append_history(history, [row | environment() | more for row in rows])
+    where = environment() | more
+    append_history(history, [row | where for row in rows])
 
 
 def cli() -> None:

@@ -138,3 +138,29 @@ def test_a_comparison_from_start_to_end(model, samples, tmp_path, monkeypatch, c
     compare_cpu.record(rows, tmp_path / "history.jsonl", source="test", isa_limit="native", threads=2)
     kept = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert kept[0]["engine"] == "dynplan" and kept[0]["commit"] and kept[0]["isa"]
+
+
+def test_chart_shows_the_latest_run_of_each_case(tmp_path):
+    import plot
+
+    case = {
+        "model": "m",
+        "lengths": "sentences",
+        "batch": 1,
+        "sentences": 4,
+        "order": "as given",
+        "threads": 2,
+    }
+    rows = [
+        case | {"engine": engine, "share": share, "p50": p50, "isa_limit": isa, "time": time}
+        for engine, share, p50, isa, time in (
+            ("dynplan", 1.0, 9.0, "native", "1"),
+            ("dynplan", 1.0, 2.0, "native", "2"),
+            ("hf-sdpa", 1.0, 3.0, "native", "2"),
+            ("hf-sdpa", 1.0, 5.0, "avx2", "3"),
+        )
+    ]
+    cases = plot.latest(rows)
+    assert [row["p50"] for row in cases["m", "sentences", 1]] == [2.0, 3.0]
+    plot.draw(cases, tmp_path / "new" / "chart.png")
+    assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")

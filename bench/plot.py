@@ -1,0 +1,67 @@
+"""The chart of the README, from the committed history alone: python bench/plot.py"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from compare_cpu import HISTORY
+from matplotlib.figure import Figure
+
+IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "cpu_engines.png"
+
+
+def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
+    """Per case (model, lengths, batch) the rows of its latest run, native instruction set only."""
+    cases: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["isa_limit"] != "native":
+            continue
+        known = cases.setdefault((row["model"], row["lengths"], row["batch"]), [])
+        if known and known[0]["time"] != row["time"]:
+            known.clear()
+        known.append(row)
+    return cases
+
+
+def draw(cases: dict[tuple, list[dict]], path: Path) -> None:
+    """A panel per case: sentences per second, a bar per engine and order, dynplan in colour."""
+    figure = Figure(
+        figsize=(8, 0.6 + sum(0.7 + 0.3 * len(rows) for rows in cases.values())), layout="constrained"
+    )
+    panels = figure.subplots(
+        len(cases), squeeze=False, gridspec_kw={"height_ratios": [2 + len(rows) for rows in cases.values()]}
+    )
+    for axes, ((model, lengths, batch), rows) in zip(panels[:, 0], cases.items(), strict=True):
+        names = [_label(row) for row in rows]
+        rates = [row["sentences"] / row["p50"] for row in rows]
+        colours = ["tab:blue" if row["engine"] == "dynplan" else "0.7" for row in rows]
+        axes.bar_label(axes.barh(names, rates, color=colours), [f"{rate:.0f}" for rate in rates], padding=3)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.1 * max(rates))
+        kind = "sentences" if lengths == "sentences" else f"{lengths} tokens"
+        axes.set_title(
+            f"{model}, batch {batch}, {kind}, {rows[0]['threads']} threads, fp32", fontsize="medium"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("sentences per second")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _label(row: dict) -> str:
+    if row["engine"] == "dynplan":
+        return "dynplan, all layers" if row["share"] == 1 else f"dynplan, {row['share']:g} of the layers"
+    return f"{row['engine']}, sorted" if row["order"] == "sorted" else row["engine"]
+
+
+def main(
+    history: Annotated[Path, typer.Option(help="Written by compare_cpu.py.")] = HISTORY,
+    image: Annotated[Path, typer.Option(help="PNG to write.")] = IMAGE,
+) -> None:
+    rows = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
+    draw(latest(rows), image)
+
+
+if __name__ == "__main__":
+    typer.run(main)
