@@ -50,7 +50,13 @@ def load(options: argparse.Namespace) -> tuple[BertModel, list[dict]]:
         torch.manual_seed(0)
         vocabulary = AutoConfig.from_pretrained(options.model).vocab_size
         width = options.width
-        config = BertConfig(vocabulary, width, options.layers, width // 64, 4 * width)
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=options.layers,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
+        )
         config._attn_implementation = "sdpa"
         model = BertModel(config, add_pooling_layer=False)
     else:
