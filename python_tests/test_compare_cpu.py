@@ -120,6 +120,7 @@ def test_a_wrong_result_is_not_timed(model, samples):
 
 def test_a_comparison_from_start_to_end(model, samples, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would break the reasons into pieces
     orders = {"as given": workloads.slices(workloads.batches(samples, 3), 2)}
     case = contest.Case(model, "sentences", 3, orders)
     monkeypatch.setattr(
