@@ -12,7 +12,10 @@ IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "cpu_engines.p
 
 
 def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Per case (model, lengths, batch) the rows of its latest run, native instruction set only."""
+    """Per case (model, lengths, batch) the rows of its latest run, native instruction set only.
+
+    A row during which other processes had more than a quarter of the processors is left out: it says nothing.
+    """
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["isa_limit"] != "native":
@@ -20,7 +23,8 @@ def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
         known = cases.setdefault((row["model"], row["lengths"], row["batch"]), [])
         if known and known[0]["time"] != row["time"]:
             known.clear()
-        known.append(row)
+        if row["foreign"] <= 0.25:
+            known.append(row)
     return cases
 
 
