@@ -14,7 +14,8 @@ IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "cpu_engines.p
 def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
     """Per case (model, lengths, batch) the rows of its latest run, native instruction set only.
 
-    A row during which other processes had more than a quarter of the processors is left out: it says nothing.
+    A row during which other processes had more than a quarter of the processors is left out: it says
+    nothing. So is a case without any other row.
     """
     cases: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -25,7 +26,7 @@ def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
             known.clear()
         if row["foreign"] <= 0.25:
             known.append(row)
-    return cases
+    return {case: known for case, known in cases.items() if known}
 
 
 def draw(cases: dict[tuple, list[dict]], path: Path) -> None:

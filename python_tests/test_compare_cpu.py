@@ -153,15 +153,18 @@ def test_chart_shows_the_latest_run_of_each_case(tmp_path):
         "threads": 2,
     }
     rows = [
-        case | {"engine": engine, "share": share, "p50": p50, "isa_limit": isa, "time": time}
-        for engine, share, p50, isa, time in (
-            ("dynplan", 1.0, 9.0, "native", "1"),
-            ("dynplan", 1.0, 2.0, "native", "2"),
-            ("hf-sdpa", 1.0, 3.0, "native", "2"),
-            ("hf-sdpa", 1.0, 5.0, "avx2", "3"),
+        case
+        | {"engine": engine, "share": share, "p50": p50, "isa_limit": isa, "time": time, "foreign": foreign}
+        for engine, share, p50, isa, time, foreign in (
+            ("dynplan", 1.0, 9.0, "native", "1", 0.0),
+            ("dynplan", 1.0, 2.0, "native", "2", 0.1),
+            ("hf-sdpa", 1.0, 3.0, "native", "2", 0.0),
+            ("hf-eager", 1.0, 8.0, "native", "2", 0.9),
+            ("hf-sdpa", 1.0, 5.0, "avx2", "3", 0.0),
         )
     ]
     cases = plot.latest(rows)
+    assert plot.latest([row | {"model": "disturbed", "foreign": 0.9} for row in rows]) == {}
     assert [row["p50"] for row in cases["m", "sentences", 1]] == [2.0, 3.0]
     plot.draw(cases, tmp_path / "new" / "chart.png")
     assert (tmp_path / "new" / "chart.png").read_bytes().startswith(b"\x89PNG")
