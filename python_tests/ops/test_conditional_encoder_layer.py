@@ -133,7 +133,7 @@ def test_dropout_touches_active_rows_only():
 def test_native_equals_reference_on_every_instruction_set(isa, heads, activation):
     sets = ["baseline", "avx2", "avx512"]
     if sets.index(isa) > sets.index(_native.cpu_features()["best_isa"]):
-        pytest.skip("not on this CPU")
+        pytest.skip(f"needs a CPU with {isa}")
     hidden, _, dispatch, weights = draw_inputs([7, 0, 30, 41], 40, 50, 2, 5)
     packed = [_native.pack_encoder_weights([w.numpy() for w in layer]) for layer in weights]
     got = _native.conditional_encoder(
