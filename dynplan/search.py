@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,20 +20,23 @@ def search_static_paths(
     swaps: int = 20,
     seed: int = 0,
     progress: bool = True,
+    cost: Callable[[nn.Module, list[Mapping[str, Any]]], float] | None = None,
 ) -> dict[int, tuple[int, ...]]:
-    """Find a fixed path of each size with a low training loss.
+    """Find a fixed path of each size with a low cost on training batches.
 
-    Layers are left out one at a time, each time the one whose loss without it is lowest; then, for each size,
-    random exchanges of a layer inside for one outside are kept where the loss falls. Each set of layers is
+    Layers are left out one at a time, each time the one whose cost without it is lowest; then, for each size,
+    random exchanges of a layer inside for one outside are kept where the cost falls. Each set of layers is
     tried once.
 
     Args:
-        model: a swapped model whose forward returns a loss; left as it was (policy, budget, training mode).
+        model: a swapped model; left as it was (policy, budget, training mode).
         batches: keyword arguments of the forward, labels included; kept in memory.
         sizes: numbers of layers, 1..L.
         swaps: exchanges tried per size.
         seed: of the exchanges.
         progress: show a progress bar.
+        cost: of the model under its current policy on all of ``batches``, lower is better; without it the
+            mean loss that the forward returns.
 
     Returns:
         size -> its layers, ascending.
@@ -53,17 +56,18 @@ def search_static_paths(
     if not sizes or sizes[0] < 1 or sizes[-1] > count:
         raise ValueError(f"StaticPath.search: expected sizes within 1..{count}, got {sizes}")
 
-    losses: dict[tuple[int, ...], float] = {}
+    cost = cost or mean_loss
+    costs: dict[tuple[int, ...], float] = {}
     removals = sum(range(sizes[0] + 1, count + 1))
     policy, budget, training = controller.policy, controller.budget, model.training
     bar = tqdm(total=removals + swaps * len(sizes), desc="static paths", disable=not progress)
 
-    def loss_of(layers: tuple[int, ...]) -> float:
+    def cost_of(layers: tuple[int, ...]) -> float:
         bar.update()
-        if layers not in losses:
+        if layers not in costs:
             controller.policy = FixedPath([index in layers for index in range(count)])
-            losses[layers] = _mean_loss(model, batches)
-        return losses[layers]
+            costs[layers] = cost(model, batches)
+        return costs[layers]
 
     try:
         controller.budget = None
@@ -71,14 +75,14 @@ def search_static_paths(
         path = tuple(range(count))
         best = {count: path}
         while len(path) > sizes[0]:
-            path = min((_without(path, layer) for layer in path), key=loss_of)
+            path = min((_without(path, layer) for layer in path), key=cost_of)
             best[len(path)] = path
         draw = random.Random(seed)
         for size in sizes:
             for _ in range(swaps if size < count else 0):
                 outside = sorted(set(range(count)) - set(best[size]))
                 candidate = _without(best[size], draw.choice(best[size])) + (draw.choice(outside),)
-                best[size] = min(best[size], tuple(sorted(candidate)), key=loss_of)
+                best[size] = min(best[size], tuple(sorted(candidate)), key=cost_of)
     finally:
         bar.close()
         controller.policy, controller.budget = policy, budget
@@ -91,7 +95,8 @@ def _without(path: tuple[int, ...], layer: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _mean_loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
+def mean_loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
+    """Mean over samples of the loss that the forward returns."""
     total, samples = 0.0, 0
     for batch in batches:
         loss = getattr(model(**batch), "loss", None)

@@ -40,6 +40,18 @@ def test_search_finds_the_best_paths_and_leaves_the_model_as_it_was():
     assert model.training and model.dynplan.policy is policy and model.dynplan.budget == 0.5
 
 
+def test_search_by_another_cost():
+    worth = torch.tensor([0.0, 3.0, 0.0, 5.0, 1.0])
+
+    def cost(model, given):
+        assert len(given) == 2 and not model.training
+        return -float(worth[model.dynplan.policy.kept].sum())
+
+    model = Toy()
+    found = StaticPath.search(model, batches(), sizes=[1, 2], swaps=4, progress=False, cost=cost)
+    assert found.paths == {1: (3,), 2: (1, 3)} and model.calls == 0
+
+
 def test_each_set_of_layers_is_tried_once():
     model = Toy()
     StaticPath.search(model, batches(1), sizes=[1], swaps=200, progress=False)

@@ -23,7 +23,7 @@ from dynplan.policies import PlannerPolicy, StaticPath
 from dynplan.training.data import EncodedDataset, InputError, Task, encode_rows, infer_task, split_rows
 from dynplan.training.menu import candidate_paths, choose_menu
 from dynplan.training.planning import OBJECTIVES, PlannerLearner, PlannerTrainer
-from dynplan.training.predict import make_batches, path_qualities
+from dynplan.training.predict import make_batches, path_qualities, predict
 from dynplan.training.trainer import PlainTrainer, RobustTrainer, training_arguments
 
 PLANNERS = ("upfront", "stepwise")
@@ -220,6 +220,9 @@ class _Run:
             swaps=self.recipe.search_swaps,
             seed=self.recipe.seed,
             progress=self.progress,
+            # By what is scored, like the planner's table: by the loss alone, a path that predicts one class
+            # with little confidence can win.
+            cost=lambda model, batches: -float(predict(model, batches, self.task).quality(self.task).mean()),
         )
         place.write_text(json.dumps(static.options()["paths"]) + "\n", encoding="utf-8")
         return static
