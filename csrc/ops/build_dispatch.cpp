@@ -1,12 +1,15 @@
 #include "ops/build_dispatch.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <limits>
+#include <vector>
 
 namespace dynplan {
 
-void check_build_dispatch(const at::Tensor& keep, const at::Tensor& cu_seqlens, int64_t capacity) {
+BuildDispatchCall begin_build_dispatch(const at::Tensor& keep, const at::Tensor& cu_seqlens,
+                                       int64_t capacity) {
   TORCH_CHECK_TYPE(keep.scalar_type() == at::kBool, "build_dispatch: expected keep to be bool, got ",
                    keep.scalar_type());
   TORCH_CHECK_VALUE(keep.dim() == 1 || keep.dim() == 2,
@@ -20,6 +23,27 @@ void check_build_dispatch(const at::Tensor& keep, const at::Tensor& cu_seqlens, 
                     keep.device(), ", got ", cu_seqlens.device());
   TORCH_CHECK_VALUE(capacity >= 0 && capacity <= std::numeric_limits<int32_t>::max(),
                     "build_dispatch: expected capacity in [0, 2^31), got ", capacity);
+
+  const bool all_layers = keep.dim() == 2;
+  const int64_t samples = keep.size(0);
+  const at::Tensor offsets = cu_seqlens.contiguous();
+  const auto allocate = [&](int64_t last) {
+    return at::empty(all_layers ? std::vector<int64_t>{keep.size(1), last} : std::vector<int64_t>{last},
+                     offsets.options());
+  };
+  const at::Tensor rows = allocate(capacity), active_cu_seqlens = allocate(samples + 1), counts = allocate(2);
+  return {offsets,
+          {rows, active_cu_seqlens, counts},
+          {.keep = keep.const_data_ptr<bool>(),
+           .sample_stride = keep.stride(0),
+           .layer_stride = all_layers ? keep.stride(1) : 0,
+           .cu_seqlens = offsets.const_data_ptr<int32_t>(),
+           .samples = samples,
+           .layers = all_layers ? keep.size(1) : 1,
+           .capacity = capacity,
+           .rows = rows.mutable_data_ptr<int32_t>(),
+           .active_cu_seqlens = active_cu_seqlens.mutable_data_ptr<int32_t>(),
+           .counts = counts.mutable_data_ptr<int32_t>()}};
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

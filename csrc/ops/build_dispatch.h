@@ -8,8 +8,22 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <tuple>
+
+#include "kernels/build_dispatch.h"
+
 namespace dynplan {
 
-void check_build_dispatch(const at::Tensor& keep, const at::Tensor& cu_seqlens, int64_t capacity);
+using DispatchTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // rows, cu_seqlens, counts
+
+// A checked call, ready for the kernel.
+struct BuildDispatchCall {
+  at::Tensor offsets;  // cu_seqlens, dense
+  DispatchTensors results;
+  kernels::BuildDispatchParams params;  // points into the caller's keep and into the tensors above
+};
+
+BuildDispatchCall begin_build_dispatch(const at::Tensor& keep, const at::Tensor& cu_seqlens,
+                                       int64_t capacity);
 
 }  // namespace dynplan

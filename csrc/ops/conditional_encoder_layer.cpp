@@ -57,9 +57,10 @@ EncoderSizes check_pack_encoder_weights(at::TensorList weights) {
   return {h, i};
 }
 
-void check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
-                               const at::Tensor& cu_seqlens, const at::Tensor& counts,
-                               at::TensorList packed_weights, int64_t num_heads) {
+EncoderCall check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
+                                      const at::Tensor& cu_seqlens, const at::Tensor& counts,
+                                      at::TensorList packed_weights, int64_t num_heads,
+                                      std::string_view activation, double eps) {
   TORCH_CHECK_VALUE(hidden.dim() == 2, op, ": expected hidden to have shape (T, H), got ", hidden.sizes());
   TORCH_CHECK_VALUE(num_heads > 0 && hidden.size(1) % num_heads == 0, op,
                     ": expected num_heads to divide the width ", hidden.size(1), ", got ", num_heads);
@@ -81,13 +82,18 @@ void check_conditional_encoder(const char* op, const at::Tensor& hidden, const a
                      ": expected packed_weights of pack_encoder_weights to be ", wanted, ", got ",
                      packed.scalar_type());
   }
-}
-
-kernels::Activation parse_activation(const char* op, std::string_view activation) {
-  const std::optional<kernels::Activation> found = kernels::activation_of(activation);
-  TORCH_CHECK_VALUE(found.has_value(), op, ": expected activation to be one of ", kernels::kActivationNames,
+  const std::optional<kernels::Activation> chosen = kernels::activation_of(activation);
+  TORCH_CHECK_VALUE(chosen.has_value(), op, ": expected activation to be one of ", kernels::kActivationNames,
                     ", got ", std::string(activation));
-  return *found;
+  return {op,
+          hidden,
+          rows.contiguous(),
+          cu_seqlens.contiguous(),
+          counts.contiguous(),
+          packed_weights,
+          num_heads,
+          *chosen,
+          static_cast<float>(eps)};
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

@@ -31,11 +31,44 @@ struct EncoderSizes {
 // Checks shapes, dtypes and devices: the kernels take float32 and bfloat16, on CUDA float16 too.
 EncoderSizes check_pack_encoder_weights(at::TensorList weights);
 
-// One layer (rows.dim() == 1) or all (2); `op` is the name errors carry.
-void check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
-                               const at::Tensor& cu_seqlens, const at::Tensor& counts,
-                               at::TensorList packed_weights, int64_t num_heads);
+// The arguments of one call of either op, checked, integers dense.
+struct EncoderCall {
+  const char* op;  // the name errors carry
+  at::Tensor hidden;
+  at::Tensor rows, cu_seqlens, counts;  // of one layer, or of all with the layers in front
+  at::TensorList packed_weights;        // one a layer
+  int64_t num_heads;
+  kernels::Activation activation;
+  float eps;
 
-kernels::Activation parse_activation(const char* op, std::string_view activation);
+  int64_t layers() const { return static_cast<int64_t>(packed_weights.size()); }
+  int64_t capacity() const { return hidden.size(0); }
+  int64_t width() const { return hidden.size(1); }
+  int64_t samples() const { return cu_seqlens.size(-1) - 1; }
+};
+
+// Checks what both devices ask for; dtypes of `hidden` and contents are left to each.
+EncoderCall check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
+                                      const at::Tensor& cu_seqlens, const at::Tensor& counts,
+                                      at::TensorList packed_weights, int64_t num_heads,
+                                      std::string_view activation, double eps);
+
+// Both ops of a device, from the one function that computes a checked call.
+template <at::Tensor (*compute)(const EncoderCall&)>
+at::Tensor conditional_encoder_layer(const at::Tensor& hidden, const at::Tensor& rows,
+                                     const at::Tensor& cu_seqlens, const at::Tensor& counts,
+                                     const at::Tensor& packed_weights, int64_t num_heads,
+                                     c10::string_view activation, double eps) {
+  return compute(check_conditional_encoder("conditional_encoder_layer", hidden, rows, cu_seqlens, counts,
+                                           packed_weights, num_heads, activation, eps));
+}
+
+template <at::Tensor (*compute)(const EncoderCall&)>
+at::Tensor conditional_encoder(const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& cu_seqlens,
+                               const at::Tensor& counts, at::TensorList packed_weights, int64_t num_heads,
+                               c10::string_view activation, double eps) {
+  return compute(check_conditional_encoder("conditional_encoder", hidden, rows, cu_seqlens, counts,
+                                           packed_weights, num_heads, activation, eps));
+}
 
 }  // namespace dynplan

@@ -35,32 +35,30 @@ at::Tensor pack_encoder_weights_cpu(at::TensorList weights) {
   return blob;
 }
 
-at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& cu_seqlens,
-               const at::Tensor& counts, at::TensorList packed_weights, int64_t num_heads,
-               c10::string_view activation, double eps) {
-  check_conditional_encoder(op, hidden, rows, cu_seqlens, counts, packed_weights, num_heads);
-  const kernels::Activation chosen = parse_activation(op, activation);
+at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
+  const at::Tensor& hidden = call.hidden;
+  const char* const op = call.op;
   TORCH_CHECK_TYPE(hidden.scalar_type() == at::kFloat || hidden.scalar_type() == at::kBFloat16, op,
                    ": expected hidden to be float32 or bfloat16, got ", hidden.scalar_type());
-  const int64_t layers = static_cast<int64_t>(packed_weights.size());
-  const at::Tensor dense_rows = rows.contiguous(), offsets = cu_seqlens.contiguous(),
-                   dense_counts = counts.contiguous();
+  const int32_t *rows = call.rows.const_data_ptr<int32_t>(),
+                *cu_seqlens = call.cu_seqlens.const_data_ptr<int32_t>(),
+                *counts = call.counts.const_data_ptr<int32_t>();
   std::string problem;
-  const int64_t most = kernels::check_dispatch({.rows = dense_rows.const_data_ptr<int32_t>(),
-                                                .cu_seqlens = offsets.const_data_ptr<int32_t>(),
-                                                .counts = dense_counts.const_data_ptr<int32_t>(),
-                                                .layers = layers,
-                                                .capacity = hidden.size(0),
-                                                .samples = offsets.size(-1) - 1},
+  const int64_t most = kernels::check_dispatch({.rows = rows,
+                                                .cu_seqlens = cu_seqlens,
+                                                .counts = counts,
+                                                .layers = call.layers(),
+                                                .capacity = call.capacity(),
+                                                .samples = call.samples()},
                                                problem);
   TORCH_CHECK_VALUE(most >= 0, op, ": expected ", problem);
   std::vector<at::Tensor> blobs;
   std::vector<const void*> packed;
   int64_t intermediate = 0;
-  for (const at::Tensor& blob : packed_weights) {
+  for (const at::Tensor& blob : call.packed_weights) {
     blobs.push_back(blob.contiguous());
     packed.push_back(blobs.back().const_data_ptr());
-    const int64_t width = kernels::check_packed(packed.back(), blob.numel(), hidden.size(1), problem);
+    const int64_t width = kernels::check_packed(packed.back(), blob.numel(), call.width(), problem);
     TORCH_CHECK_VALUE(width >= 0, op, ": expected ", problem);
     if (intermediate == 0) intermediate = width;
     TORCH_CHECK_VALUE(width == intermediate, op, ": expected packed_weights of one feed-forward width, got ",
@@ -71,23 +69,23 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
   out.copy_(hidden);
   if (most == 0) return out;
   const at::Tensor workspace =
-      at::empty({kernels::encoder_workspace_floats(most, hidden.size(1), intermediate)},
+      at::empty({kernels::encoder_workspace_floats(most, call.width(), intermediate)},
                 hidden.options().dtype(at::kFloat));
   kernels::conditional_encoder({.hidden = out.mutable_data_ptr(),
                                 .row_type = hidden.scalar_type() == at::kFloat ? kernels::RowType::float32
                                                                                : kernels::RowType::bfloat16,
-                                .rows = dense_rows.const_data_ptr<int32_t>(),
-                                .cu_seqlens = offsets.const_data_ptr<int32_t>(),
-                                .counts = dense_counts.const_data_ptr<int32_t>(),
+                                .rows = rows,
+                                .cu_seqlens = cu_seqlens,
+                                .counts = counts,
                                 .packed = packed.data(),
-                                .layers = layers,
-                                .capacity = hidden.size(0),
-                                .samples = offsets.size(-1) - 1,
-                                .hidden_size = hidden.size(1),
+                                .layers = call.layers(),
+                                .capacity = call.capacity(),
+                                .samples = call.samples(),
+                                .hidden_size = call.width(),
                                 .intermediate_size = intermediate,
-                                .heads = num_heads,
-                                .activation = chosen,
-                                .eps = static_cast<float>(eps),
+                                .heads = call.num_heads,
+                                .activation = call.activation,
+                                .eps = call.eps,
                                 .workers = at::get_num_threads(),
                                 .workspace = workspace.mutable_data_ptr<float>(),
                                 .phases = encoder_phase_times()},
@@ -95,28 +93,12 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
   return out;
 }
 
-at::Tensor conditional_encoder_layer_cpu(const at::Tensor& hidden, const at::Tensor& rows,
-                                         const at::Tensor& cu_seqlens, const at::Tensor& counts,
-                                         const at::Tensor& packed_weights, int64_t num_heads,
-                                         c10::string_view activation, double eps) {
-  return run("conditional_encoder_layer", hidden, rows, cu_seqlens, counts, packed_weights, num_heads,
-             activation, eps);
-}
-
-at::Tensor conditional_encoder_cpu(const at::Tensor& hidden, const at::Tensor& rows,
-                                   const at::Tensor& cu_seqlens, const at::Tensor& counts,
-                                   at::TensorList packed_weights, int64_t num_heads,
-                                   c10::string_view activation, double eps) {
-  return run("conditional_encoder", hidden, rows, cu_seqlens, counts, packed_weights, num_heads, activation,
-             eps);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
   m.impl("pack_encoder_weights", &pack_encoder_weights_cpu);
-  m.impl("conditional_encoder_layer", &conditional_encoder_layer_cpu);
-  m.impl("conditional_encoder", &conditional_encoder_cpu);
+  m.impl("conditional_encoder_layer", &conditional_encoder_layer<conditional_encoder_cpu>);
+  m.impl("conditional_encoder", &conditional_encoder<conditional_encoder_cpu>);
 }
 
 }  // namespace dynplan

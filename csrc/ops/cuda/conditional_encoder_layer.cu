@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <vector>
 
 #include "kernels/conditional_encoder_layer_cuda.h"
@@ -60,66 +61,55 @@ kernels::cuda::Activation cuda_activation(kernels::Activation activation) {
   TORCH_CHECK(false, "conditional_encoder_layer: this activation has no CUDA kernel");
 }
 
-struct Dispatch {
-  at::Tensor rows, cu_seqlens, counts;  // dense; (L, ...) or of one layer
-};
-
 template <class T>
-void run_layers(const DeviceScope& device, const Dispatch& dispatch, at::TensorList packed_weights,
-                int64_t intermediate, int64_t num_heads, kernels::cuda::Activation activation, double eps,
+void run_layers(const EncoderCall& call, const DeviceScope& device, int64_t intermediate,
                 at::Tensor& hidden) {
-  const int64_t capacity = hidden.size(0), width = hidden.size(1), samples = dispatch.cu_seqlens.size(-1) - 1;
+  const int64_t capacity = call.capacity(), width = call.width(), samples = call.samples();
   const at::Tensor workspace =
       at::empty({kernels::cuda::encoder_workspace_size(capacity, width, intermediate)}, hidden.options());
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, hidden.device().index());
-  for (int64_t layer = 0; layer < static_cast<int64_t>(packed_weights.size()); ++layer) {
-    const at::Tensor packed = packed_weights[layer].contiguous();
+  for (int64_t layer = 0; layer < call.layers(); ++layer) {
+    const at::Tensor packed = call.packed_weights[layer].contiguous();
     C10_CUDA_CHECK(kernels::cuda::conditional_encoder_layer<T>(
         {.hidden = static_cast<T*>(hidden.mutable_data_ptr()),
-         .rows = dispatch.rows.const_data_ptr<int32_t>() + layer * capacity,
-         .cu_seqlens = dispatch.cu_seqlens.const_data_ptr<int32_t>() + layer * (samples + 1),
-         .counts = dispatch.counts.const_data_ptr<int32_t>() + layer * 2,
+         .rows = call.rows.const_data_ptr<int32_t>() + layer * capacity,
+         .cu_seqlens = call.cu_seqlens.const_data_ptr<int32_t>() + layer * (samples + 1),
+         .counts = call.counts.const_data_ptr<int32_t>() + layer * 2,
          .capacity = capacity,
          .samples = samples,
          .weights = static_cast<const T*>(packed.const_data_ptr()),
          .width = static_cast<int32_t>(width),
          .intermediate = static_cast<int32_t>(intermediate),
-         .num_heads = static_cast<int32_t>(num_heads),
-         .activation = activation,
-         .eps = static_cast<float>(eps),
+         .num_heads = static_cast<int32_t>(call.num_heads),
+         .activation = cuda_activation(call.activation),
+         .eps = call.eps,
          .workspace = static_cast<T*>(workspace.mutable_data_ptr()),
          .multiprocessors = multiprocessors},
         device.stream()));
   }
 }
 
-at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows, const at::Tensor& cu_seqlens,
-               const at::Tensor& counts, at::TensorList packed_weights, int64_t num_heads,
-               c10::string_view activation, double eps) {
-  check_conditional_encoder(op, hidden, rows, cu_seqlens, counts, packed_weights, num_heads);
-  const kernels::cuda::Activation chosen = cuda_activation(parse_activation(op, activation));
+at::Tensor conditional_encoder_cuda(const EncoderCall& call) {
+  const at::Tensor& hidden = call.hidden;
+  const char* const op = call.op;
   const DeviceScope device(op, hidden.device());
   at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   out.copy_(hidden);
-  if (packed_weights.empty() || out.numel() == 0) return out;
+  if (call.layers() == 0 || out.numel() == 0) return out;
 
-  const int64_t width = hidden.size(1), intermediate = intermediate_size(op, packed_weights, width);
-  check_size(op, "the width", width, kernels::cuda::kMaxWidth);
+  const int64_t intermediate = intermediate_size(op, call.packed_weights, call.width());
+  check_size(op, "the width", call.width(), kernels::cuda::kMaxWidth);
   check_size(op, "the feed-forward width", intermediate, std::numeric_limits<int32_t>::max());
-  check_size(op, "the head dimension", width / num_heads, kernels::cuda::kMaxHeadDim);
-  const Dispatch dispatch{rows.contiguous(), cu_seqlens.contiguous(), counts.contiguous()};
-  const auto run_as = [&]<class T>(T*) {
-    run_layers<T>(device, dispatch, packed_weights, intermediate, num_heads, chosen, eps, out);
-  };
+  check_size(op, "the head dimension", call.width() / call.num_heads, kernels::cuda::kMaxHeadDim);
   switch (hidden.scalar_type()) {
     case at::kFloat:
-      run_as(static_cast<float*>(nullptr));
+      run_layers<float>(call, device, intermediate, out);
       break;
     case at::kBFloat16:
-      run_as(static_cast<__nv_bfloat16*>(nullptr));
+      run_layers<__nv_bfloat16>(call, device, intermediate, out);
       break;
     case at::kHalf:
-      run_as(static_cast<__half*>(nullptr));
+      run_layers<__half>(call, device, intermediate, out);
       break;
     default:
       TORCH_CHECK_TYPE(false, op, ": expected hidden on CUDA to be float32, bfloat16 or float16, got ",
@@ -128,28 +118,12 @@ at::Tensor run(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
   return out;
 }
 
-at::Tensor conditional_encoder_layer_cuda(const at::Tensor& hidden, const at::Tensor& rows,
-                                          const at::Tensor& cu_seqlens, const at::Tensor& counts,
-                                          const at::Tensor& packed_weights, int64_t num_heads,
-                                          c10::string_view activation, double eps) {
-  return run("conditional_encoder_layer", hidden, rows, cu_seqlens, counts, packed_weights, num_heads,
-             activation, eps);
-}
-
-at::Tensor conditional_encoder_cuda(const at::Tensor& hidden, const at::Tensor& rows,
-                                    const at::Tensor& cu_seqlens, const at::Tensor& counts,
-                                    at::TensorList packed_weights, int64_t num_heads,
-                                    c10::string_view activation, double eps) {
-  return run("conditional_encoder", hidden, rows, cu_seqlens, counts, packed_weights, num_heads, activation,
-             eps);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dynplan, CUDA, m) {
   m.impl("pack_encoder_weights", &pack_encoder_weights_cuda);
-  m.impl("conditional_encoder_layer", &conditional_encoder_layer_cuda);
-  m.impl("conditional_encoder", &conditional_encoder_cuda);
+  m.impl("conditional_encoder_layer", &conditional_encoder_layer<conditional_encoder_cuda>);
+  m.impl("conditional_encoder", &conditional_encoder<conditional_encoder_cuda>);
 }
 
 }  // namespace dynplan
