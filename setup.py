@@ -1,7 +1,7 @@
 """Builds dynplan._C (PyTorch ops) and dynplan._native (torch-free kernels over NumPy buffers).
 
 Environment: DYNPLAN_CUDA=auto|0|1 (default auto: when the installed torch and a CUDA toolkit agree),
-TORCH_CUDA_ARCH_LIST (default "8.0;9.0a"), MAX_JOBS.
+TORCH_CUDA_ARCH_LIST (default "8.0+PTX;9.0a"), MAX_JOBS.
 """
 
 import json
@@ -107,7 +107,8 @@ info = {
 (ROOT / "dynplan/_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 print("dynplan build:", json.dumps(info))
 
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+# The PTX is for chips newer than both: the driver compiles it there.
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
 CXX_FLAGS = [
     "-O3",
     "-std=c++20",

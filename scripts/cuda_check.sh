@@ -42,7 +42,10 @@ includes=$("$PYTHON" -c 'from torch.utils.cpp_extension import include_paths
 print("\n".join(path for path in include_paths() if "torch" in path))') ||
   stop "expected a Python with torch, got PYTHON=$PYTHON (run: make .venv/.torch, or set PYTHON)"
 FLAGS=(-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC -Icsrc -DAT_PER_OPERATOR_HEADERS -DDYNPLAN_WITH_CUDA
-       -DC10_USING_CUSTOM_GENERATED_MACROS -Xptxas -v "${ARCHITECTURES[@]}")
+       -DC10_USING_CUSTOM_GENERATED_MACROS -Xptxas -v "${ARCHITECTURES[@]}"
+       # as torch.utils.cpp_extension has it
+       -D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_BFLOAT16_CONVERSIONS__
+       -D__CUDA_NO_HALF2_OPERATORS__)
 while read -r path; do FLAGS+=(-isystem "$path"); done <<< "$includes"
 
 mkdir -p "$OUT"

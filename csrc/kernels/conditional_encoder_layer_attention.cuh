@@ -58,7 +58,9 @@ __device__ __forceinline__ QueryTile find_query_tile(const AttentionParams<T>& p
   }
   if (sample < 0) return {0, 0, 0};
   const int32_t begin = max(p.cu_seqlens[sample], 0), end = min(p.cu_seqlens[sample + 1], rows);
-  return {begin, end - begin, (number - begin / kQueries - sample) * kQueries};
+  const int32_t tile = number - begin / kQueries - sample;
+  if (tile < 0) return {0, 0, 0};  // offsets that do not ascend
+  return {begin, end - begin, tile * kQueries};
 }
 
 // ---- 16 bits

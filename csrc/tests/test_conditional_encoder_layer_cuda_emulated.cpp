@@ -262,6 +262,7 @@ void bad_dispatches() {
   bad_dispatch(rows, {0, kFar, kFar}, {2, 9});
   bad_dispatch(rows, {-5, 4, -9}, {2, 9});
   bad_dispatch(rows, {7, 3, 9}, {2, 9});
+  bad_dispatch(rows, {-640, -640, 9}, {2, 9});
   bad_dispatch(rows, {0, 4, 9}, {kFar, kFar});
   bad_dispatch(rows, {0, 4, 9}, {-1, -1});
 }

@@ -277,6 +277,7 @@ class Graph:
                 with torch.cuda.graph(self._graph, stream=aside, capture_error_mode="thread_local"):
                     self._result = call()
             except RuntimeError as error:
+                _end_failed_recording(device)
                 raise RuntimeError(
                     f"capture: the forward cannot be recorded as a CUDA graph ({error}); does a policy read "
                     "a value from the device?"
@@ -286,6 +287,15 @@ class Graph:
         """The result of the call, in the same tensors at every replay."""
         self._graph.replay()
         return self._result
+
+
+def _end_failed_recording(device: torch.device) -> None:
+    """Give the device's random numbers back: PyTorch ends the recording of its generator only where the whole
+    recording succeeded, and refuses every draw until then. Any other one that succeeds will do."""
+    with torch.cuda.device(device):
+        anything = torch.zeros(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            anything.zero_()
 
 
 class _Recording:

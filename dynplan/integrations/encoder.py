@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynplan.integrations.weights import PackedLayers
-from dynplan.ops.build_dispatch import build_dispatch
+from dynplan.ops.build_dispatch import Dispatch, build_dispatch
 from dynplan.ops.conditional_encoder_layer import (
+    ActiveSizes,
+    active_sizes,
     attend_packed,
     conditional_encoder,
     conditional_encoder_layer,
@@ -97,7 +99,10 @@ class PlannedEncoder:
     ) -> EncoderRun:
         hidden, offsets, capacity = request.hidden, request.cu_seqlens, request.hidden.shape[0]
         num_heads, activation, eps = self.shape
-        states = [hidden] if collect else None
+        came = hidden.dtype
+        if packed and packed[0].is_floating_point():
+            hidden = hidden.to(packed[0].dtype)  # autocast leaves embeddings in float32 whatever the weights
+        states = [request.hidden] if collect else None
         if policy.stepwise:
             plan = torch.zeros(request.batch_size, request.num_layers, dtype=torch.bool, device=hidden.device)
         else:
@@ -107,7 +112,7 @@ class PlannedEncoder:
                 hidden = conditional_encoder(
                     hidden, dispatch, None, num_heads, activation, eps, packed_weights=packed
                 )
-                return EncoderRun(hidden, plan, None)
+                return EncoderRun(hidden.to(came), plan, None)
         for index, weights in enumerate(packed):
             if policy.stepwise:
                 keep = keep_stepwise(policy, index, request, hidden, plan)
@@ -119,27 +124,28 @@ class PlannedEncoder:
                 hidden, step, None, num_heads, activation, eps, packed_weights=weights
             )
             if collect:
-                states.append(hidden)
-        return EncoderRun(hidden, plan, states)
+                states.append(hidden.to(came))
+        return EncoderRun(hidden.to(came), plan, states)
 
     def _run_eager(
         self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool
     ) -> EncoderRun:
         if torch.is_grad_enabled():
             self.refresh()  # an optimizer step usually follows, and some write through parameter.data
-        hidden = request.hidden
+        hidden, offsets, capacity = request.hidden, request.cu_seqlens, request.hidden.shape[0]
         shape = (request.batch_size, request.num_layers)
         decide = _Decisions(request, policy, gates)
-        samples = torch.arange(request.batch_size, device=hidden.device)
-        samples = samples.repeat_interleave(request.cu_seqlens.diff())
+        taken = decide.ahead()
+        # Shapes depend on the sizes, which the host reads back: once where it can, else once a layer.
+        steps = None if taken is None else _Step.of_all(build_dispatch(taken, offsets, capacity))
         plan = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
         states = [hidden] if collect else None
         for index, layer in enumerate(self.layers):
             keep, gate = decide(index, hidden, plan)
             plan[:, index] = keep
-            # A gate with a gradient needs to know what the layer would have done to the samples it closes.
-            take = torch.ones_like(keep) if gate is not None and gate.requires_grad else keep
-            hidden = _bypass(layer, hidden, request.cu_seqlens, samples, take, gate)
+            step = steps[index] if steps else _Step.of(build_dispatch(_taken(keep, gate), offsets, capacity))
+            share = None if gate is None else gate.index_select(0, _samples_of(step.rows, offsets))
+            hidden = _bypass(layer, hidden, step, share)
             if collect:
                 states.append(hidden)
         return EncoderRun(hidden, plan, states)
@@ -170,6 +176,12 @@ class _Decisions:
             self.stepwise = gates
         else:
             self.gates = check_gates(gates(request) if callable(gates) else gates, request)
+
+    def ahead(self) -> Tensor | None:
+        """Who is taken by which layer, bool ``(B, L)``, where that is known before the first one."""
+        if self.gates is not None:
+            return _taken(self.gates.detach() != 0, self.gates)
+        return self.plan
 
     def __call__(self, layer: int, hidden: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.plan is not None:
@@ -242,42 +254,68 @@ def _check_decision(
         raise ValueError(f"{type(policy).__name__}.{method}: expected {expected}, got {got}")
 
 
-def _bypass(
-    layer: nn.Module, hidden: Tensor, offsets: Tensor, samples: Tensor, take: Tensor, gate: Tensor | None
-) -> Tensor:
-    """``layer`` on the rows of the samples in ``take``, mixed by ``gate``; all other rows as they came.
+def _taken(keep: Tensor, gate: Tensor | None) -> Tensor:
+    """Who is computed: a gate with a gradient needs to know what the layer would have done to those it
+    closes."""
+    return torch.ones_like(keep) if gate is not None and gate.requires_grad else keep
 
-    Args:
-        hidden: ``(T, H)``.
-        offsets: int32 ``(B + 1,)``.
-        samples: ``(T,)``, the sample of each row.
-        take: bool ``(B,)``.
-        gate: float ``(B,)``.
+
+class _Step(NamedTuple):
+    """One layer's dispatch, with the sizes that the host needs.
+
+    Attributes:
+        rows: ``(N,)``, the active rows.
+        cu_seqlens: of the active samples.
+        sizes: of both.
     """
-    dispatch = build_dispatch(take, offsets, hidden.shape[0])
-    sequences, active = dispatch.counts.tolist()
-    if not active:
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    sizes: ActiveSizes
+
+    @classmethod
+    def of(cls, dispatch: Dispatch) -> _Step:
+        sizes = active_sizes(dispatch.cu_seqlens.tolist())
+        return cls(dispatch.rows[: sizes.rows], dispatch.cu_seqlens, sizes)
+
+    @classmethod
+    def of_all(cls, dispatch: Dispatch) -> list[_Step]:
+        sizes = [active_sizes(offsets) for offsets in dispatch.cu_seqlens.tolist()]
+        return [
+            cls(dispatch.rows[layer, : of_layer.rows], dispatch.cu_seqlens[layer], of_layer)
+            for layer, of_layer in enumerate(sizes)
+        ]
+
+
+def _samples_of(rows: Tensor, offsets: Tensor) -> Tensor:
+    """The sample of each packed row."""
+    return torch.searchsorted(offsets[1:], rows, right=True)
+
+
+def _bypass(layer: nn.Module, hidden: Tensor, step: _Step, share: Tensor | None) -> Tensor:
+    """``layer`` on the active rows, mixed by ``share`` ``(N,)``; all other rows as they came."""
+    if not step.sizes.rows:
         return hidden
-    rows = dispatch.rows[:active]
-    inside = hidden.index_select(0, rows)
-    run = partial(_layer_forward, layer, offsets=dispatch.cu_seqlens[: sequences + 1])
+    inside = hidden.index_select(0, step.rows)
+    run = partial(_layer_forward, layer, step=step)
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         outside = layer._gradient_checkpointing_func(run, inside)
     else:
         outside = run(inside)
     outside = outside.to(hidden.dtype)
-    if gate is not None:
-        share = gate[samples[rows]].unsqueeze(1).to(hidden.dtype)
+    if share is not None:
+        share = share.unsqueeze(1).to(hidden.dtype)
         outside = share * outside + (1 - share) * inside
-    return hidden.index_copy(0, rows.long(), outside)
+    return hidden.index_copy(0, step.rows.long(), outside)
 
 
-def _layer_forward(layer: nn.Module, inside: Tensor, offsets: Tensor) -> Tensor:
+def _layer_forward(layer: nn.Module, inside: Tensor, step: _Step) -> Tensor:
     """One Hugging Face encoder layer on packed rows, by its own submodules; attention alone needs
     sequences."""
     attention = layer.attention.self
     parts = [part(inside) for part in (attention.query, attention.key, attention.value)]
     dropout = attention.dropout.p if attention.training else 0.0
-    context = attend_packed(torch.cat(parts, 1), offsets, attention.num_attention_heads, dropout)
+    heads = attention.num_attention_heads
+    context = attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout)
     attended = layer.attention.output(context, inside)
     return layer.output(layer.intermediate(attended), attended)

@@ -152,6 +152,10 @@ class SwappedForward:
             ("position_ids", position_ids, embeddings.position_embeddings),
         )
         for name, ids, table in tables:
+            if ids is not None and ids.device != table.weight.device:
+                raise ValueError(
+                    f"dynplan: expected {name} on {table.weight.device}, got {ids.device}"
+                ) from cause
             if ids is None or not ids.numel() or ids.device.type != "cpu":
                 continue
             if ids.is_floating_point() or ids.dtype == torch.bool:

@@ -6,7 +6,8 @@ Two ways through, one result:
   (:func:`pack_encoder_weights`).
 - Training: a composition of PyTorch operations over the active rows, so that autograd, dropout,
   autocast and double precision work. Taken when a gradient is wanted, when ``dropout``,
-  ``attention_dropout`` or ``gates`` are given, and for float64 rows.
+  ``attention_dropout`` or ``gates`` are given, and for float64 rows. Its shapes are those of the
+  active rows, so it reads the offsets back from the device, once a call.
 """
 
 from collections.abc import Sequence
@@ -110,8 +111,9 @@ def conditional_encoder_layer(
     """
     if _is_composed(hidden, [weights], dropout, attention_dropout, gates):
         _check("conditional_encoder_layer", hidden, num_heads, activation)
+        sizes = active_sizes(dispatch.cu_seqlens.tolist())
         return _compose_layer(
-            hidden, dispatch, weights, num_heads, activation, eps, dropout, attention_dropout, gates
+            hidden, dispatch, sizes, weights, num_heads, activation, eps, dropout, attention_dropout, gates
         )
     if packed_weights is None:
         packed_weights = pack_encoder_weights(weights)
@@ -153,11 +155,13 @@ def conditional_encoder(
             packed_weights = [pack_encoder_weights(layer) for layer in weights]
         return _conditional_encoder(hidden, *dispatch, packed_weights, num_heads, activation, eps)
     _check("conditional_encoder", hidden, num_heads, activation)
+    offsets = dispatch.cu_seqlens.tolist()
     for layer, layer_weights in enumerate(weights):
         gate = None if gates is None else gates[layer]
         hidden = _compose_layer(
             hidden,
             dispatch.layer(layer),
+            active_sizes(offsets[layer]),
             layer_weights,
             num_heads,
             activation,
@@ -192,19 +196,33 @@ def _check(op: str, hidden: Tensor, num_heads: int, activation: str) -> None:
     )
 
 
+class ActiveSizes(NamedTuple):
+    """What the host must know of a dispatch to shape the active rows."""
+
+    sequences: int  # active sequences, without empty ones at the end
+    rows: int
+    longest: int  # rows of the longest sequence
+
+
+def active_sizes(offsets: Sequence[int]) -> ActiveSizes:
+    """Of ``cu_seqlens`` of one layer's dispatch, as Python numbers."""
+    rows = offsets[-1]
+    lengths = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+    return ActiveSizes(offsets.index(rows), rows, max(lengths, default=0))
+
+
 def _compose_layer(
-    hidden, dispatch, weights, num_heads, activation, eps, dropout, attention_dropout, gates
+    hidden, dispatch, sizes, weights, num_heads, activation, eps, dropout, attention_dropout, gates
 ) -> Tensor:
     """The layer from PyTorch operations on the active rows, differentiable in everything floating."""
-    sequences, active = dispatch.counts.tolist()
-    if active == 0:
+    if sizes.rows == 0:
         return hidden
     width = hidden.shape[1]
-    rows = dispatch.rows[:active].long()
+    rows = dispatch.rows[: sizes.rows].long()
     x = hidden.index_select(0, rows)
 
     qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias)
-    context = attend_packed(qkv, dispatch.cu_seqlens[: sequences + 1], num_heads, attention_dropout)
+    context = attend_packed(qkv, dispatch.cu_seqlens, sizes, num_heads, attention_dropout)
     branch = F.linear(context, weights.output_weight, weights.output_bias)
     y = x + F.dropout(branch, dropout)
     y = F.layer_norm(y, (width,), weights.norm1_weight, weights.norm1_bias, eps)
@@ -218,17 +236,21 @@ def _compose_layer(
     return hidden.index_copy(0, rows, y.to(hidden.dtype))
 
 
-def attend_packed(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, dropout: float) -> Tensor:
+def attend_packed(
+    qkv: Tensor, cu_seqlens: Tensor, sizes: ActiveSizes, num_heads: int, dropout: float
+) -> Tensor:
     """Attention of the packed rows (N, 3H), padded to the longest active sequence for one SDPA call."""
-    lengths = cu_seqlens.diff()
-    lengths = lengths[lengths > 0]  # a sequence without rows would be a softmax over nothing
-    samples, longest = lengths.numel(), int(lengths.max())
-    mask = torch.arange(longest, device=qkv.device) < lengths.unsqueeze(1)
-    slots = mask.flatten().nonzero().squeeze(1)
-    padded = qkv.new_zeros(samples * longest, qkv.shape[1]).index_copy(0, slots, qkv)
-    q, k, v = padded.view(samples, longest, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    sequences, rows, longest = sizes
+    lengths = cu_seqlens[: sequences + 1].diff()
+    # Sequence s begins at row cu_seqlens[s], and at s * longest among the padded ones.
+    shift = torch.arange(sequences, device=qkv.device) * longest - cu_seqlens[:sequences]
+    slots = torch.arange(rows, device=qkv.device) + shift.repeat_interleave(lengths, output_size=rows)
+    # A sequence without rows attends to one of zeros, lest its softmax be over nothing.
+    mask = torch.arange(longest, device=qkv.device) < lengths.clamp_min(1).unsqueeze(1)
+    padded = qkv.new_zeros(sequences * longest, qkv.shape[1]).index_copy(0, slots, qkv)
+    q, k, v = padded.view(sequences, longest, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)
-    return context.transpose(1, 2).reshape(samples * longest, -1).index_select(0, slots)
+    return context.transpose(1, 2).reshape(sequences * longest, -1).index_select(0, slots)
 
 
 @torch.library.register_fake("dynplan::pack_encoder_weights")

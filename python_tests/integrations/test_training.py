@@ -234,3 +234,11 @@ def test_inference_mode_and_no_grad_agree():
         expected = model(**inputs).logits
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_sizes_are_read_once_where_the_plan_is_known(monkeypatch):
+    reads, read = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or read(tensor))
+    model, inputs = dynplan.swap(tiny(), FixedPath(PATHS)).train(), batch()
+    model(**inputs, labels=LABELS).loss.backward()
+    assert reads == [(4, 6)]  # the offsets of all layers
