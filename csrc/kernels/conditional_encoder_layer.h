@@ -9,9 +9,8 @@
 // Each output element is summed by one thread over its inner dimension in ascending order, whatever the
 // blocking: same sample, same bits, for any batch around it and any number of threads.
 //
-// The work of a layer, in three parallel ranges when rows abound (encoder/layer.h): QKV over row tiles,
-// attention over (sequence, head) pairs cut by cost, and everything after it over row tiles again, block by
-// block in cache.
+// The whole encoder is one parallel range. Many samples flow through the layers piece by piece, each piece in
+// the cache of one thread; few of them are shared by rows, or by columns of the weights (encoder/schedule.h).
 #pragma once
 
 #include <cstdint>
@@ -19,8 +18,10 @@
 #include <string_view>
 
 #include "kernels/cpu_isa.h"
+#include "kernels/encoder/flow.h"
 #include "kernels/encoder/packed_weights.h"
 #include "kernels/encoder/phases.h"
+#include "kernels/encoder/team.h"
 #include "kernels/parallel.h"
 
 namespace dynplan::kernels {
@@ -60,7 +61,7 @@ struct ConditionalEncoderParams {
   PhaseTimes* phases = nullptr;  // added to, if given
 };
 
-// At most this many active rows are shared out by columns of the weights, more by rows (encoder/layer.h).
+// At most this many active rows are shared out by columns of the weights, more by rows (encoder/schedule.h).
 constexpr int64_t kFewRows = 64;
 
 // Floats from one row of an internal buffer to the next. The odd line keeps the rows of a tile in different
@@ -76,30 +77,64 @@ constexpr int64_t encoder_workspace_floats(int64_t active, int64_t hidden_size, 
          few * (2 * buffer_step(hidden_size) + buffer_step(intermediate_size));
 }
 
+// Rows of a block, whose buffers take 2 MB. Measured at widths 384 and 768: 256 KB to 1 MB cost up to 20 % at
+// 768, where few rows share each pass over the weights; 4 MB gains nothing.
+constexpr int64_t block_rows(int64_t hidden_size, int64_t intermediate_size) {
+  const int64_t rows = (1 << 19) / (buffer_step(intermediate_size) + 2 * buffer_step(hidden_size));
+  return rows < kPanel ? kPanel : rows;
+}
+
+// Samples flow where a thread's share of a layer is at least twice this many rows.
+constexpr int64_t kFlowRows = 48;
+
+// Most stages that a team goes through in one layer.
+constexpr int64_t kLayerStages = 8;
+
+// How threads share the work; one of the two is null.
+struct Sharing {
+  Flow* flow;
+  const Team* team;
+};
+
 namespace baseline {
-void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
+void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel);
 }
 #if defined(__x86_64__)
 namespace avx2 {
-void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
+void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel);
 }
 namespace avx512 {
-void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel);
+void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel);
 }
 #endif
 
-inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel,
-                                CpuIsa isa = cpu_isa()) {
+inline void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel,
+                                CpuIsa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case CpuIsa::avx512:
-      return avx512::conditional_encoder(p, parallel);
+      return avx512::conditional_encoder(p, sharing, parallel);
     case CpuIsa::avx2:
-      return avx2::conditional_encoder(p, parallel);
+      return avx2::conditional_encoder(p, sharing, parallel);
 #endif
     default:
-      return baseline::conditional_encoder(p, parallel);
+      return baseline::conditional_encoder(p, sharing, parallel);
   }
+}
+
+inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel,
+                                CpuIsa isa = cpu_isa()) {
+  const DispatchView dispatch = {p.rows, p.cu_seqlens, p.counts, p.layers, p.capacity, p.samples};
+  const int64_t most = block_rows(p.hidden_size, p.intermediate_size);
+  Flow flow(dispatch, [&](int64_t active) {
+    return std::clamp<int64_t>(p.workers == 1 ? most : active / (2 * p.workers), kFlowRows, most);
+  });
+  // A sample that is much of the work would keep one thread busy and the others waiting.
+  const bool flows = p.workers == 1 || (flow.work() >= 2 * kFlowRows * p.workers * flow.layers() &&
+                                        4 * p.workers * flow.chain() <= 3 * flow.work());
+  if (flows) return conditional_encoder(p, {.flow = &flow, .team = nullptr}, parallel, isa);
+  const Team team(kLayerStages * p.layers, p.workers);
+  conditional_encoder(p, {.flow = nullptr, .team = &team}, parallel, isa);
 }
 
 }  // namespace dynplan::kernels

@@ -200,6 +200,7 @@ int main() {
   }
   against_loops({{1, 700}, 1, 16, 16, 1, Activation::gelu}, ++seed);  // more keys than one block
   against_loops({std::vector<int32_t>(20, 11), 2, 8, 1100, 1, Activation::gelu}, ++seed);
+  against_loops({std::vector<int32_t>(45, 12), 2, 8, 24, 4, Activation::silu}, ++seed);  // flows on 3 threads
   dispatch_problems();
   return dynplan::test::finish("conditional_encoder_layer");
 }

@@ -30,13 +30,22 @@ inline int64_t attention_scratch_floats(const AttentionShape& s) {
 // panels[j / 16][d][j % 16] = keys[j, d], zeros beyond the last key.
 inline void transpose_keys(const float* keys, int64_t row_step, int64_t length, int64_t depth,
                            float* panels) {
+  const int64_t whole = depth / kLanes * kLanes;
   for (int64_t begin = 0; begin < length; begin += kPanel, panels += depth * kPanel)
-    for (int64_t j = 0; j < kPanel; ++j) {
-      const float* key = keys + (begin + j) * row_step;
-      if (begin + j < length)
-        for (int64_t d = 0; d < depth; ++d) panels[d * kPanel + j] = key[d];
-      else
-        for (int64_t d = 0; d < depth; ++d) panels[d * kPanel + j] = 0.f;
+    for (int64_t side = 0; side < kPanel; side += kLanes) {
+      const float* first = keys + (begin + side) * row_step;
+      const int64_t left = length - begin - side;
+      for (int64_t d = 0; d < whole; d += kLanes) {
+        Vec block[kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) block[j] = j < left ? load(first + j * row_step + d) : Vec{};
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(panels + (d + i) * kPanel + side, block[i]);
+      }
+      for (int64_t d = whole; d < depth; ++d)
+        for (int64_t j = 0; j < kLanes; ++j)
+          panels[d * kPanel + side + j] = j < left ? first[j * row_step + d] : 0.f;
     }
 }
 
@@ -112,7 +121,10 @@ inline void attend(float* qkv, int64_t length, int64_t head, const AttentionShap
     for (int r = 0; r < rows; ++r) {
       const float share = 1.f / total[r];
       float* out = queries + (row + r) * s.row_step;
-      for (int64_t d = 0; d < depth; ++d) out[d] = context[r * padded + d] * share;
+      const float* line = context + r * padded;
+      int64_t d = 0;
+      for (; d + kLanes <= depth; d += kLanes) store(out + d, load(line + d) * share);
+      for (; d < depth; ++d) out[d] = line[d] * share;
     }
   });
 }

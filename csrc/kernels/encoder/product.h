@@ -110,8 +110,7 @@ void for_row_tiles(int64_t rows, Body body) {
 // The next panels, asked for in equal shares by the tiles of these. Pays with two to six tiles of weights
 // that come from memory (one text: 80 to 92 GFLOP/s at 25 rows); with one tile there is no time to hide
 // anything, with many the hardware's own prefetching is enough.
-inline Ahead next_panels(int64_t rows, int64_t depth, const Panels& b, int64_t next, int64_t last,
-                         int panels) {
+inline Ahead next_panels(int64_t rows, const Panels& b, int64_t next, int64_t last, int panels) {
   constexpr int64_t kLine = 64;
   if (next >= last || b.step != kPanel) return {reinterpret_cast<const char*>(b.data), 0};
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
@@ -128,7 +127,7 @@ void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_step, Panel
   for (int64_t panel = first; panel < last;) {
     const int panels = last - panel >= kTilePanels ? kTilePanels : 1;
     const int64_t column = panel * kPanel;
-    Ahead ahead = next_panels(rows, depth, b, panel + panels, last, panels);
+    Ahead ahead = next_panels(rows, b, panel + panels, last, panels);
     for_row_tiles(rows, [&](int64_t row, int count) {
       kTiles.tiles[panels - 1][count - 1](
           {depth,

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
+#include <utility>
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
@@ -27,18 +27,59 @@ inline Vec maximum(Vec a, Vec b) {
   return a > b ? a : b;
 }
 
-inline float sum(Vec v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+// The lanes I... of a and b end to end.
+template <int... I>
+inline Vec pick(Vec a, Vec b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, IntVec{I...});
+#endif
 }
 
+// Lane i of v meets lane i + kDistance, round the end.
+template <int kDistance, int... I>
+inline Vec rotate(Vec v, std::integer_sequence<int, I...>) {
+  return pick(v, v, std::integer_sequence<int, (I + kDistance) % kLanes...>());
+}
+
+// All lanes joined by `join`, in halves: no lane is taken out before the last step.
+template <int kDistance = kLanes / 2, class Join>
+inline float fold(Vec v, Join join) {
+  v = join(v, rotate<kDistance>(v, std::make_integer_sequence<int, kLanes>()));
+  if constexpr (kDistance > 1)
+    return fold<kDistance / 2>(v, join);
+  else
+    return v[0];
+}
+
+inline float sum(Vec v) {
+  return fold(v, [](Vec a, Vec b) { return a + b; });
+}
 inline float maximum(Vec v) {
-  float best = v[0];
-  for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold(v, [](Vec a, Vec b) { return maximum(a, b); });
+}
+
+// Lanes of a and b in turn, from lane kFrom on: with kFrom 0 and kLanes / 2, all of them.
+template <int kFrom, int... I>
+inline Vec zip(Vec a, Vec b, std::integer_sequence<int, I...>) {
+  return pick(a, b, std::integer_sequence<int, kFrom + I / 2 + I % 2 * kLanes...>());
+}
+
+// v[i][j] and v[j][i] change places: every step is one shuffle of a pack of cards.
+inline void transpose(Vec (&v)[kLanes]) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Vec shuffled[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      shuffled[2 * i] = zip<0>(v[i], v[i + kLanes / 2], kAll);
+      shuffled[2 * i + 1] = zip<kLanes / 2>(v[i], v[i + kLanes / 2], kAll);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = shuffled[i];
+  }
 }
 
 // e^x to about one unit in the last place; x below -87.3 gives the smallest normal number, above 88.3 gives

@@ -15,5 +15,5 @@
 #pragma GCC target("avx2,fma")
 #define DYNPLAN_ISA avx2
 #define DYNPLAN_VECTOR_BYTES 32
-#include "kernels/encoder/layer.h"
+#include "kernels/encoder/schedule.h"
 #endif

@@ -15,5 +15,5 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define DYNPLAN_ISA avx512
 #define DYNPLAN_VECTOR_BYTES 64
-#include "kernels/encoder/layer.h"
+#include "kernels/encoder/schedule.h"
 #endif

@@ -12,4 +12,4 @@
 
 #define DYNPLAN_ISA baseline
 #define DYNPLAN_VECTOR_BYTES 16
-#include "kernels/encoder/layer.h"
+#include "kernels/encoder/schedule.h"
