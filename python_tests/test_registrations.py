@@ -11,7 +11,12 @@ import dynplan  # noqa: F401  registers the ops
 
 ROOT = Path(__file__).parents[1]
 # They take and give no tensor.
-QUERIES = ("dynplan::_build_info", "dynplan::_encoder_phases")
+QUERIES = (
+    "dynplan::_build_info",
+    "dynplan::_encoder_phases",
+    "dynplan::_int8_weight_levels",
+    "dynplan::_multiplies_bfloat16",
+)
 OPS = sorted(
     name
     for name in torch._C._dispatch_get_all_op_names()

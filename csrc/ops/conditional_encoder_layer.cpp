@@ -20,17 +20,14 @@ void check_int32(const char* op, const char* argument, const at::Tensor& tensor,
 
 }  // namespace
 
-EncoderSizes check_pack_encoder_weights(at::TensorList weights) {
+EncoderSizes check_pack_encoder_weights(const char* op, at::TensorList weights) {
   constexpr const char* kNames[12] = {"qkv_weight",   "qkv_bias",   "output_weight", "output_bias",
                                       "norm1_weight", "norm1_bias", "up_weight",     "up_bias",
                                       "down_weight",  "down_bias",  "norm2_weight",  "norm2_bias"};
-  TORCH_CHECK_VALUE(weights.size() == 12, "pack_encoder_weights: expected weights to be 12 tensors, got ",
-                    weights.size());
-  TORCH_CHECK_VALUE(weights[2].dim() == 2,
-                    "pack_encoder_weights: expected output_weight to have shape (H, H), got ",
+  TORCH_CHECK_VALUE(weights.size() == 12, op, ": expected weights to be 12 tensors, got ", weights.size());
+  TORCH_CHECK_VALUE(weights[2].dim() == 2, op, ": expected output_weight to have shape (H, H), got ",
                     weights[2].sizes());
-  TORCH_CHECK_VALUE(weights[6].dim() == 2,
-                    "pack_encoder_weights: expected up_weight to have shape (I, H), got ",
+  TORCH_CHECK_VALUE(weights[6].dim() == 2, op, ": expected up_weight to have shape (I, H), got ",
                     weights[6].sizes());
   const int64_t h = weights[2].size(0), i = weights[6].size(0);
   const std::array<std::array<int64_t, 2>, 12> shapes = {
@@ -39,21 +36,18 @@ EncoderSizes check_pack_encoder_weights(at::TensorList weights) {
                                 true, false, true, false, false, false};
   for (size_t w = 0; w < 12; ++w) {
     const at::IntArrayRef shape(shapes[w].data(), kMatrix[w] ? 2 : 1);
-    TORCH_CHECK_VALUE(weights[w].sizes() == shape, "pack_encoder_weights: expected ", kNames[w],
-                      " to have shape ", shape, ", got ", weights[w].sizes());
-    TORCH_CHECK_TYPE(weights[w].scalar_type() == weights[0].scalar_type(), "pack_encoder_weights: expected ",
-                     kNames[w], " to be ", weights[0].scalar_type(), " like qkv_weight, got ",
-                     weights[w].scalar_type());
-    TORCH_CHECK_VALUE(weights[w].device() == weights[0].device(), "pack_encoder_weights: expected ",
-                      kNames[w], " on ", weights[0].device(), ", got ", weights[w].device());
+    TORCH_CHECK_VALUE(weights[w].sizes() == shape, op, ": expected ", kNames[w], " to have shape ", shape,
+                      ", got ", weights[w].sizes());
+    TORCH_CHECK_TYPE(weights[w].scalar_type() == weights[0].scalar_type(), op, ": expected ", kNames[w],
+                     " to be ", weights[0].scalar_type(), " like qkv_weight, got ", weights[w].scalar_type());
+    TORCH_CHECK_VALUE(weights[w].device() == weights[0].device(), op, ": expected ", kNames[w], " on ",
+                      weights[0].device(), ", got ", weights[w].device());
   }
   const bool half = weights[0].is_cuda() && weights[0].scalar_type() == at::kHalf;
   TORCH_CHECK_TYPE(
-      weights[0].scalar_type() == at::kFloat || weights[0].scalar_type() == at::kBFloat16 || half,
-      "pack_encoder_weights: expected weights to be float32 or bfloat16 (on CUDA also float16), got ",
-      weights[0].scalar_type());
-  TORCH_CHECK_VALUE(h > 0 && i > 0, "pack_encoder_weights: expected sizes to be positive, got H = ", h,
-                    ", I = ", i);
+      weights[0].scalar_type() == at::kFloat || weights[0].scalar_type() == at::kBFloat16 || half, op,
+      ": expected weights to be float32 or bfloat16 (on CUDA also float16), got ", weights[0].scalar_type());
+  TORCH_CHECK_VALUE(h > 0 && i > 0, op, ": expected sizes to be positive, got H = ", h, ", I = ", i);
   return {h, i};
 }
 

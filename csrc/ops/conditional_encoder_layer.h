@@ -4,7 +4,8 @@
 //   pack_encoder_weights(weights: 12 tensors of one floating dtype, in the order
 //       qkv (3H, H) (3H,), output (H, H) (H,), norm1 (H,) (H,), up (I, H) (I,), down (H, I) (H,), norm2 (H,)
 //       (H,))
-//     -> opaque, the layout of the device's kernels: on CPU uint8 (bytes,) of kernels/encoder/packed_weights.h,
+//     -> opaque, the layout of the device's kernels: on CPU uint8 (bytes,) of
+//     kernels/encoder/packed_weights.h,
 //        on CUDA the parameters end to end (N,) in their own dtype, which the rows must share
 //   conditional_encoder_layer(hidden (T, H), rows int32 (T,), cu_seqlens int32 (B+1,), counts int32 (2,),
 //       packed_weights, num_heads, activation, eps) -> (T, H)
@@ -28,8 +29,9 @@ struct EncoderSizes {
   int64_t hidden, intermediate;
 };
 
-// Checks shapes, dtypes and devices: the kernels take float32 and bfloat16, on CUDA float16 too.
-EncoderSizes check_pack_encoder_weights(at::TensorList weights);
+// Checks shapes, dtypes and devices: the kernels take float32 and bfloat16, on CUDA float16 too. `op` is the
+// name errors carry.
+EncoderSizes check_pack_encoder_weights(const char* op, at::TensorList weights);
 
 // The arguments of one call of either op, checked, integers dense.
 struct EncoderCall {

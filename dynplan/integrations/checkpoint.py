@@ -115,11 +115,12 @@ def load_policy(folder: str | os.PathLike) -> tuple[Policy, float | None]:
     return policy, None if budget is None else check_budget("load_policy", budget)
 
 
-def from_pretrained(folder: str | os.PathLike, **options: Any) -> nn.Module:
+def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **options: Any) -> nn.Module:
     """Load a swapped model that ``save_pretrained`` wrote: weights, policy, planner and budget.
 
     Args:
         folder: a local folder.
+        weights: for :func:`~dynplan.swap`. It is not saved with the model: it suits the machine that runs it.
         **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Returns:
@@ -143,7 +144,7 @@ def from_pretrained(folder: str | os.PathLike, **options: Any) -> nn.Module:
         raise ValueError(
             f"from_pretrained: expected a model class of transformers in config.json, got {names[0]}"
         )
-    model = swap(model_class.from_pretrained(folder, **options), policy)
+    model = swap(model_class.from_pretrained(folder, **options), policy, weights=weights)
     model.dynplan.budget = budget
     return model
 

@@ -61,6 +61,11 @@ class Controller:
         return len(self._encoder.layers)
 
     @property
+    def weights(self) -> str | None:
+        """What the encoder's products run on: "int8", "bfloat16", or None for the model's own weights."""
+        return self._encoder.weights
+
+    @property
     def last_plan(self) -> Tensor | None:
         """bool ``(B, L)`` of this thread's last forward; a thread that ran none sees the latest of any."""
         return getattr(self._local, "plan", self._latest)
@@ -115,4 +120,6 @@ class Controller:
         self._budget = state["budget"]
 
     def __repr__(self) -> str:
-        return f"Controller(policy={self._policy!r}, budget={self._budget}, num_layers={self.num_layers})"
+        weights = f", weights={self.weights!r}" if self.weights else ""
+        settings = f"policy={self._policy!r}, budget={self._budget}, num_layers={self.num_layers}{weights}"
+        return f"Controller({settings})"

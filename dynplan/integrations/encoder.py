@@ -58,12 +58,21 @@ class PlannedEncoder:
         num_heads: attention heads.
         activation: of the feed-forward, by its Hugging Face name.
         eps: of both norms.
+        weights: "int8" or "bfloat16": run every forward on such copies of the weights, or refuse it; None: on
+            the weights as they are.
     """
 
-    def __init__(self, layers: nn.ModuleList, num_heads: int, activation: str, eps: float) -> None:
+    def __init__(
+        self, layers: nn.ModuleList, num_heads: int, activation: str, eps: float, weights: str | None = None
+    ) -> None:
         self.layers = layers
         self.shape = (num_heads, activation, eps)
-        self._weights = PackedLayers()
+        self._weights = PackedLayers(weights)
+
+    @property
+    def weights(self) -> str | None:
+        """The type of the weights that products run on; None: the model's own."""
+        return self._weights.dtype
 
     def run(self, request: PlanRequest, policy: Policy, gates: Gates | None, collect: bool) -> EncoderRun:
         """Run the whole stack on ``request.hidden``.
@@ -73,26 +82,50 @@ class PlannedEncoder:
             policy: decides the plan, unless ``gates`` do.
             gates: see :attr:`Controller.gates <dynplan.integrations.controller.Controller.gates>`.
             collect: keep the states between layers.
+
+        Raises:
+            RuntimeError: the forward wants more than the weights that were chosen can give.
         """
         layers = list(self.layers)
         fused = request.hidden.dtype in FUSED_DTYPES.get(request.device.type, ())
+        if self.weights is not None:
+            fused &= request.device.type == "cpu"
         if gates is None and fused and not _learns(layers, request.hidden):
             packed = self.packed()
             if packed is not None:
                 return self._run_fused(request, policy, packed, collect)
+        if self.weights is not None:
+            raise self._refusal(layers, request, gates)
         return self._run_eager(request, policy, gates, collect)
 
     def refresh(self) -> None:
         """Pack the weights again at the next forward, for writes that PyTorch keeps no record of."""
-        self._weights = PackedLayers()
+        self._weights = PackedLayers(self.weights)
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are a cache; copies and pickles make their own.
-        return {"layers": self.layers, "shape": self.shape, "_weights": PackedLayers()}
+        return {"layers": self.layers, "shape": self.shape, "_weights": PackedLayers(self.weights)}
 
     def packed(self) -> list[Tensor] | None:
         """Each layer's weights as the kernels read them; None where only the layers' own modules will do."""
         return self._weights.get(list(self.layers))
+
+    def _refusal(self, layers: list[nn.Module], request: PlanRequest, gates: Gates | None) -> RuntimeError:
+        """Why a forward cannot run on the chosen weights; on the model's own it would give something else."""
+        if request.device.type != "cpu":
+            problem = f"a model on cpu, got one on {request.device}"
+        elif request.hidden.dtype not in FUSED_DTYPES["cpu"]:
+            problem = f"a model in float32 or bfloat16, got {request.hidden.dtype}"
+        elif gates is not None:
+            problem = "no gates, got some"
+        elif _learns(layers, request.hidden):
+            problem = "inference (model.eval() and torch.no_grad()), got training mode or gradients"
+        else:
+            problem = "plain linear modules and norms, got adapters, hooks or others"
+        return RuntimeError(
+            f"dynplan: expected {problem}; the model was swapped with weights={self.weights!r}: "
+            "call dynplan.unswap(model), then dynplan.swap(model) without weights="
+        )
 
     def _run_fused(
         self, request: PlanRequest, policy: Policy, packed: list[Tensor], collect: bool

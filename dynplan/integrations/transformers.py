@@ -12,9 +12,10 @@ from torch import nn
 
 from dynplan.integrations.checkpoint import SwappedSave
 from dynplan.integrations.controller import Controller
-from dynplan.integrations.encoder import PlannedEncoder
+from dynplan.integrations.encoder import FUSED_DTYPES, PlannedEncoder
 from dynplan.integrations.forward import SwappedForward
 from dynplan.ops.conditional_encoder_layer import ACTIVATIONS
+from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
 
 
@@ -55,13 +56,16 @@ SITES = {
 }
 
 
-def swap(model: nn.Module, policy: Policy | None = None) -> nn.Module:
+def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None = None) -> nn.Module:
     """Put a Hugging Face encoder under a policy, in place.
 
     Args:
         model: BERT, RoBERTa, XLM-RoBERTa or ELECTRA; the bare model, sequence or token classification. For
             another model with such an encoder inside, swap the bare encoder.
         policy: decides the plans; :class:`~dynplan.policies.KeepAll` by default.
+        weights: "int8" or "bfloat16": the encoder's products run on copies of its weights in that type, see
+            :func:`~dynplan.ops.pack_reduced_encoder_weights`. CPU and inference only: other forwards are
+            refused. The model's own weights stay, for ``state_dict`` and :func:`unswap`.
 
     Returns:
         ``model``; ``model.dynplan`` is its :class:`~dynplan.integrations.controller.Controller`.
@@ -69,7 +73,8 @@ def swap(model: nn.Module, policy: Policy | None = None) -> nn.Module:
     Raises:
         TypeError: an unknown model type or class.
         NotImplementedError: an architecture that is not supported, with the reason.
-        ValueError: the model is swapped already.
+        ValueError: the model is swapped already; ``weights`` is unknown or not for the model's device or
+            dtype.
     """
     site = _site_of(model)
     encoder, reads_first = _find_encoder(model, site)
@@ -83,9 +88,11 @@ def swap(model: nn.Module, policy: Policy | None = None) -> nn.Module:
             f"swap: expected {type(encoder).__name__} with its class's forward, got one already patched"
         )
     _check_architecture(encoder)
+    if weights is not None:
+        _check_weights(encoder, weights)
     config = encoder.config
     layers = PlannedEncoder(
-        encoder.encoder.layer, config.num_attention_heads, config.hidden_act, config.layer_norm_eps
+        encoder.encoder.layer, config.num_attention_heads, config.hidden_act, config.layer_norm_eps, weights
     )
     controller = Controller(layers, KeepAll() if policy is None else policy)
     reads_first = reads_first or getattr(encoder, "pooler", None) is not None
@@ -136,6 +143,22 @@ def _find_encoder(model: nn.Module, site: Site) -> tuple[nn.Module, bool]:
         f"swap: expected one of {', '.join((site.bare, *site.heads))}, got {type(model).__name__}; "
         f"swap its bare encoder (model.{site.attribute}) if its head ignores padding positions"
     )
+
+
+def _check_weights(encoder: nn.Module, weights: str) -> None:
+    if weights not in REDUCED_DTYPES:
+        raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
+    parameter = next(encoder.parameters())
+    if parameter.device.type != "cpu":
+        raise ValueError(
+            f"swap: expected weights=None for a model on {parameter.device}, got {weights!r}; "
+            "the kernels there run in the model's own dtype (model.bfloat16())"
+        )
+    if parameter.dtype not in FUSED_DTYPES["cpu"]:
+        raise ValueError(
+            f"swap: expected weights=None for a model in {parameter.dtype}, got {weights!r}; "
+            "convert it first (model.float())"
+        )
 
 
 def _check_architecture(encoder: nn.Module) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
+from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 
 _SITES = (
     "attention.self.query",
@@ -28,9 +29,13 @@ class PackedLayers:
     A change is seen in a replaced module or parameter, in a parameter's storage or in its version counter:
     optimizer steps, ``load_state_dict``, ``.to()``, adapters. PyTorch keeps no record of a write in place
     through ``parameter.data``: make a new object after one.
+
+    Args:
+        dtype: "int8" or "bfloat16": of ``pack_reduced_encoder_weights``; None: of ``pack_encoder_weights``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str | None = None) -> None:
+        self.dtype = dtype
         self._stack: _Stack | None = None
 
     def get(self, layers: list[nn.Module]) -> list[Tensor] | None:
@@ -38,7 +43,7 @@ class PackedLayers:
         # Read once and written once, whole: another thread may come to the same conclusion meanwhile.
         stack = self._stack
         if stack is None or stack.layers != layers or not stack.holds():
-            stack = self._stack = _Stack(layers, stack)
+            stack = self._stack = _Stack(layers, stack, self.dtype)
         return stack.packed
 
 
@@ -49,7 +54,7 @@ class _Stack:
         functions.
     """
 
-    def __init__(self, layers: list[nn.Module], before: _Stack | None) -> None:
+    def __init__(self, layers: list[nn.Module], before: _Stack | None, dtype: str | None) -> None:
         self.layers = layers
         self.seen = [_Seen(layer) for layer in layers]
         self.packed = None
@@ -63,7 +68,7 @@ class _Stack:
         )
         self.packed = []
         for layer, seen in zip(layers, self.seen, strict=True):
-            seen.pack(old.get(layer))
+            seen.pack(old.get(layer), dtype)
             self.packed.append(seen.blob)
         self._tables = [table for seen in self.seen for table, _, _ in seen.entries]
         self._names = [name for seen in self.seen for _, name, _ in seen.entries]
@@ -114,7 +119,7 @@ class _Seen:
             self.versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
             self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
-    def pack(self, before: _Seen | None) -> None:
+    def pack(self, before: _Seen | None, dtype: str | None) -> None:
         """Pack the weights, or take over what was packed ``before`` if they are the same."""
         if (
             before is not None
@@ -127,19 +132,21 @@ class _Seen:
         self._aliases = [tensor.detach() for tensor in self.tensors]
         (wq, bq, wk, bk, wv, bv), rest = self._aliases[:6], self._aliases[6:]
         wo, bo, norm1, shift1, up, bias_up, down, bias_down, norm2, shift2 = rest
-        self.blob = pack_encoder_weights(
-            EncoderLayerWeights(
-                qkv_weight=torch.cat((wq, wk, wv)),
-                qkv_bias=torch.cat((bq, bk, bv)),
-                output_weight=wo,
-                output_bias=bo,
-                norm1_weight=norm1,
-                norm1_bias=shift1,
-                up_weight=up,
-                up_bias=bias_up,
-                down_weight=down,
-                down_bias=bias_down,
-                norm2_weight=norm2,
-                norm2_bias=shift2,
-            )
+        weights = EncoderLayerWeights(
+            qkv_weight=torch.cat((wq, wk, wv)),
+            qkv_bias=torch.cat((bq, bk, bv)),
+            output_weight=wo,
+            output_bias=bo,
+            norm1_weight=norm1,
+            norm1_bias=shift1,
+            up_weight=up,
+            up_bias=bias_up,
+            down_weight=down,
+            down_bias=bias_down,
+            norm2_weight=norm2,
+            norm2_bias=shift2,
         )
+        if dtype is None:
+            self.blob = pack_encoder_weights(weights)
+        else:
+            self.blob = pack_reduced_encoder_weights(weights, dtype)

@@ -11,6 +11,7 @@ from dynplan.ops.conditional_encoder_layer import (
     pack_encoder_weights,
 )
 from dynplan.ops.pack import Packed, pack, unpack
+from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 from dynplan.ops.region_cross_entropy import RegionStats, region_cross_entropy, region_cross_entropy_stats
 from dynplan.ops.region_cross_entropy_upsampled import region_cross_entropy_upsampled
 from dynplan.ops.region_minkowski import MinkowskiAccumulator
@@ -26,6 +27,7 @@ __all__ = [
     "conditional_encoder_layer",
     "pack",
     "pack_encoder_weights",
+    "pack_reduced_encoder_weights",
     "region_cross_entropy",
     "region_cross_entropy_stats",
     "region_cross_entropy_upsampled",

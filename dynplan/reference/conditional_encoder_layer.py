@@ -30,25 +30,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def conditional_encoder_layer(
-    hidden: Tensor, dispatch, weights, num_heads: int, activation: str = "gelu", eps: float = 1e-12
+    hidden: Tensor,
+    dispatch,
+    weights,
+    num_heads: int,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    linear=F.linear,
 ) -> Tensor:
-    """One layer over packed rows. See ``dynplan.ops.conditional_encoder_layer`` for the arguments."""
+    """One layer over packed rows. See ``dynplan.ops.conditional_encoder_layer`` for the arguments.
+
+    linear: makes ``x weight^T + bias``; ``dynplan.reference.reduced_encoder`` has others.
+    """
     width = hidden.shape[1]
     sequences, active = dispatch.counts.tolist()
     rows = dispatch.rows[:active].long()
     x = hidden[rows]
 
-    qkv = F.linear(x, weights.qkv_weight, weights.qkv_bias).view(active, 3, num_heads, width // num_heads)
+    qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(active, 3, num_heads, width // num_heads)
     offsets = dispatch.cu_seqlens[: sequences + 1].tolist()
     context = torch.cat(
         [attention(*qkv[begin:end].unbind(1)) for begin, end in itertools.pairwise(offsets)]
         or [x.new_empty(0, num_heads, width // num_heads)]
     ).reshape(active, width)
 
-    x = x + F.linear(context, weights.output_weight, weights.output_bias)
+    x = x + linear(context, weights.output_weight, weights.output_bias)
     x = F.layer_norm(x, (width,), weights.norm1_weight, weights.norm1_bias, eps)
-    up = ACTIVATIONS[activation](F.linear(x, weights.up_weight, weights.up_bias))
-    x = x + F.linear(up, weights.down_weight, weights.down_bias)
+    up = ACTIVATIONS[activation](linear(x, weights.up_weight, weights.up_bias))
+    x = x + linear(up, weights.down_weight, weights.down_bias)
     x = F.layer_norm(x, (width,), weights.norm2_weight, weights.norm2_bias, eps)
 
     out = hidden.clone()
@@ -57,10 +66,16 @@ def conditional_encoder_layer(
 
 
 def conditional_encoder(
-    hidden: Tensor, dispatch, weights, num_heads: int, activation: str = "gelu", eps: float = 1e-12
+    hidden: Tensor,
+    dispatch,
+    weights,
+    num_heads: int,
+    activation: str = "gelu",
+    eps: float = 1e-12,
+    linear=F.linear,
 ) -> Tensor:
     """All layers of an upfront plan, one after another; ``dispatch`` has one row per layer."""
     for layer, layer_weights in enumerate(weights):
         step = type(dispatch)(dispatch.rows[layer], dispatch.cu_seqlens[layer], dispatch.counts[layer])
-        hidden = conditional_encoder_layer(hidden, step, layer_weights, num_heads, activation, eps)
+        hidden = conditional_encoder_layer(hidden, step, layer_weights, num_heads, activation, eps, linear)
     return hidden

@@ -10,10 +10,12 @@
 
 #include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/scratch.h"
+#include "kernels/reduced_encoder.h"
 
 // After every header that other files share: their inline functions must run on any CPU.
 #pragma GCC target("avx2,fma")
 #define DYNPLAN_ISA avx2
 #define DYNPLAN_VECTOR_BYTES 32
+#include "kernels/encoder/reduced_layer.h"
 #include "kernels/encoder/schedule.h"
 #endif

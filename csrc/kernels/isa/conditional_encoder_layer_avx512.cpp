@@ -10,10 +10,12 @@
 
 #include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/scratch.h"
+#include "kernels/reduced_encoder.h"
 
 // After every header that other files share: their inline functions must run on any CPU.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define DYNPLAN_ISA avx512
 #define DYNPLAN_VECTOR_BYTES 64
+#include "kernels/encoder/reduced_layer.h"
 #include "kernels/encoder/schedule.h"
 #endif

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "ops/conditional_encoder_layer.h"
 #include "ops/cpu/encoder_phases.h"
 #include "ops/cpu/parallel.h"
+#include "ops/cpu/reduced_product.h"
 
 namespace dynplan {
 namespace {
@@ -23,7 +25,7 @@ void pack_into(const std::vector<at::Tensor>& w, EncoderSizes sizes, void* blob)
 }
 
 at::Tensor pack_encoder_weights_cpu(at::TensorList weights) {
-  const EncoderSizes sizes = check_pack_encoder_weights(weights);
+  const EncoderSizes sizes = check_pack_encoder_weights("pack_encoder_weights", weights);
   std::vector<at::Tensor> dense;
   for (const at::Tensor& weight : weights) dense.push_back(weight.contiguous());
   const kernels::PackedLayout layout(sizes.hidden, sizes.intermediate);
@@ -55,10 +57,14 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
   std::vector<at::Tensor> blobs;
   std::vector<const void*> packed;
   int64_t intermediate = 0;
+  std::optional<kernels::ReducedDtype> reduced;
   for (const at::Tensor& blob : call.packed_weights) {
     blobs.push_back(blob.contiguous());
     packed.push_back(blobs.back().const_data_ptr());
-    const int64_t width = kernels::check_packed(packed.back(), blob.numel(), call.width(), problem);
+    if (packed.size() == 1) reduced = kernels::reduced_dtype(packed[0], blob.numel());
+    const int64_t width =
+        reduced ? kernels::check_reduced(packed.back(), blob.numel(), *reduced, call.width(), problem)
+                : kernels::check_packed(packed.back(), blob.numel(), call.width(), problem);
     TORCH_CHECK_VALUE(width >= 0, op, ": expected ", problem);
     if (intermediate == 0) intermediate = width;
     TORCH_CHECK_VALUE(width == intermediate, op, ": expected packed_weights of one feed-forward width, got ",
@@ -68,28 +74,31 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
   at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   out.copy_(hidden);
   if (most == 0) return out;
-  const at::Tensor workspace =
-      at::empty({kernels::encoder_workspace_floats(most, call.width(), intermediate)},
-                hidden.options().dtype(at::kFloat));
-  kernels::conditional_encoder({.hidden = out.mutable_data_ptr(),
-                                .row_type = hidden.scalar_type() == at::kFloat ? kernels::RowType::float32
-                                                                               : kernels::RowType::bfloat16,
-                                .rows = rows,
-                                .cu_seqlens = cu_seqlens,
-                                .counts = counts,
-                                .packed = packed.data(),
-                                .layers = call.layers(),
-                                .capacity = call.capacity(),
-                                .samples = call.samples(),
-                                .hidden_size = call.width(),
-                                .intermediate_size = intermediate,
-                                .heads = call.num_heads,
-                                .activation = call.activation,
-                                .eps = call.eps,
-                                .workers = at::get_num_threads(),
-                                .workspace = workspace.mutable_data_ptr<float>(),
-                                .phases = encoder_phase_times()},
-                               at_parallel);
+  const int64_t floats = reduced ? kernels::reduced_workspace_floats(most, call.width(), intermediate)
+                                 : kernels::encoder_workspace_floats(most, call.width(), intermediate);
+  const at::Tensor workspace = at::empty({floats}, hidden.options().dtype(at::kFloat));
+  const kernels::ConditionalEncoderParams params = {
+      .hidden = out.mutable_data_ptr(),
+      .row_type = hidden.scalar_type() == at::kFloat ? kernels::RowType::float32 : kernels::RowType::bfloat16,
+      .rows = rows,
+      .cu_seqlens = cu_seqlens,
+      .counts = counts,
+      .packed = packed.data(),
+      .layers = call.layers(),
+      .capacity = call.capacity(),
+      .samples = call.samples(),
+      .hidden_size = call.width(),
+      .intermediate_size = intermediate,
+      .heads = call.num_heads,
+      .activation = call.activation,
+      .eps = call.eps,
+      .workers = at::get_num_threads(),
+      .workspace = workspace.mutable_data_ptr<float>(),
+      .phases = encoder_phase_times()};
+  if (reduced)
+    kernels::reduced_encoder(params, torch_product(*reduced), at_parallel);
+  else
+    kernels::conditional_encoder(params, at_parallel);
   return out;
 }
 

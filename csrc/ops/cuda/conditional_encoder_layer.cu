@@ -22,7 +22,7 @@ int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
 
 // The twelve parameters end to end, in their own dtype.
 at::Tensor pack_encoder_weights_cuda(at::TensorList weights) {
-  check_pack_encoder_weights(weights);
+  check_pack_encoder_weights("pack_encoder_weights", weights);
   std::vector<at::Tensor> flat;
   for (const at::Tensor& weight : weights) flat.push_back(weight.reshape({-1}));
   return at::cat(flat);

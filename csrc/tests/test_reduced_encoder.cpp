@@ -1,0 +1,148 @@
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/encoder/checks.h"
+#include "kernels/reduced_encoder.h"
+#include "tests/check.h"
+#include "tests/threads.h"
+
+using namespace dynplan::kernels;
+
+namespace {
+
+// Plain loops as the product.
+template <class Element, class Sum>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const void* a, const void* weight, void* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < columns; ++n) {
+      const Element *x = static_cast<const Element*>(a) + r * depth,
+                    *w = static_cast<const Element*>(weight) + n * depth;
+      Sum* sum = static_cast<Sum*>(out) + r * columns + n;
+      if constexpr (sizeof(Element) == 1) {
+        *sum = 0;
+        for (int64_t k = 0; k < depth; ++k) *sum += int32_t{x[k]} * w[k];
+      } else {
+        float total = 0;
+        for (int64_t k = 0; k < depth; ++k) total += to_float(x[k]) * to_float(w[k]);
+        *sum = to_bfloat16(total);
+      }
+    }
+}
+constexpr auto int8_product = multiply<int8_t, int32_t>;
+constexpr auto bfloat16_product = multiply<BFloat16, BFloat16>;
+
+struct Weights {
+  int64_t h, i;
+  std::vector<std::vector<float>> tensors;  // in the order of EncoderLayerTensors
+
+  Weights(int64_t h, int64_t i, std::mt19937& random) : h(h), i(i) {
+    std::normal_distribution<float> normal;
+    const int64_t sizes[12] = {3 * h * h, 3 * h, h * h, h, h, h, i * h, i, h * i, h, h, h};
+    for (int t = 0; t < 12; ++t) {
+      const double scale = t == 8 ? 1 / std::sqrt(i) : t % 2 == 0 && t != 4 && t != 10 ? 1 / std::sqrt(h) : 1;
+      tensors.emplace_back(sizes[t]);
+      for (float& value : tensors.back()) value = normal(random) * static_cast<float>(scale);
+    }
+  }
+  EncoderLayerTensors<float> view() const {
+    const auto& t = tensors;
+    return {t[0].data(), t[1].data(), t[2].data(), t[3].data(), t[4].data(),  t[5].data(),
+            t[6].data(), t[7].data(), t[8].data(), t[9].data(), t[10].data(), t[11].data()};
+  }
+};
+
+// One layer on all rows but those of the second sequence.
+struct Case {
+  int64_t heads, depth, intermediate;
+  std::vector<int32_t> lengths;
+  Activation activation = Activation::gelu;
+};
+
+template <class Element>
+void against_full_precision(const Case& c, unsigned seed, double allowed) {
+  std::mt19937 random(seed);
+  const int64_t h = c.heads * c.depth, samples = static_cast<int64_t>(c.lengths.size());
+  const Weights weights(h, c.intermediate, random);
+  std::vector<int32_t> rows, offsets = {0};
+  int32_t tokens = 0;
+  for (int64_t b = 0; b < samples; tokens += c.lengths[b++]) {
+    if (b == 1) continue;
+    for (int32_t t = 0; t < c.lengths[b]; ++t) rows.push_back(tokens + t);
+    offsets.push_back(static_cast<int32_t>(rows.size()));
+  }
+  const std::vector<int32_t> counts = {static_cast<int32_t>(offsets.size()) - 1,
+                                       static_cast<int32_t>(rows.size())};
+  const int64_t active = counts[1];
+  rows.resize(tokens, -1), offsets.resize(samples + 1, offsets.back());
+  std::vector<float> hidden(tokens * h);
+  std::normal_distribution<float> normal;
+  for (float& value : hidden) value = normal(random);
+
+  const ReducedDtype dtype = sizeof(Element) == 1 ? ReducedDtype::int8 : ReducedDtype::bfloat16;
+  std::vector<char> reduced(ReducedLayout(dtype, h, c.intermediate).bytes),
+      full(PackedLayout(h, c.intermediate).bytes());
+  pack_reduced_weights<Element>(weights.view(), h, c.intermediate, 127, reduced.data());
+  pack_encoder_weights(weights.view(), h, c.intermediate, full.data());
+  std::string problem;
+  EXPECT(check_reduced(reduced.data(), reduced.size(), dtype, h, problem) == c.intermediate);
+  EXPECT(check_reduced(full.data(), full.size(), dtype, h, problem) == -1);
+
+  const auto params = [&](std::vector<float>& out, std::vector<float>& workspace, const void* const* blob,
+                          int64_t workers) {
+    return ConditionalEncoderParams{
+        out.data(), RowType::float32, rows.data(), offsets.data(), counts.data(), blob,         1,
+        tokens,     samples,          h,           c.intermediate, c.heads,       c.activation, 1e-5f,
+        workers,    workspace.data()};
+  };
+  const void *full_blob = full.data(), *reduced_blob = reduced.data();
+  std::vector<float> wanted = hidden, workspace(encoder_workspace_floats(active, h, c.intermediate));
+  conditional_encoder(params(wanted, workspace, &full_blob, 1), serial);
+
+  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
+    if (isa > best_cpu_isa()) continue;
+    const auto run = [&](Parallel parallel, int64_t workers) {
+      std::vector<float> out = hidden, space(reduced_workspace_floats(active, h, c.intermediate), NAN);
+      const auto p = params(out, space, &reduced_blob, workers);
+      if (sizeof(Element) == 1)
+        reduced_encoder(p, int8_product, parallel, isa);
+      else
+        reduced_encoder(p, bfloat16_product, parallel, isa);
+      return out;
+    };
+    const std::vector<float> out = run(serial, 1);
+    EXPECT(out == run(dynplan::test::threads, 3));  // the same bits on any number of threads
+    double error = 0;
+    for (size_t e = 0; e < out.size(); ++e) error = std::max(error, std::abs(double{out[e]} - wanted[e]));
+    EXPECT(error < allowed);
+    for (int64_t t = c.lengths[0]; t < c.lengths[0] + c.lengths[1]; ++t)
+      for (int64_t d = 0; d < h; ++d) EXPECT(out[t * h + d] == hidden[t * h + d]);
+  }
+}
+
+void channels() {
+  const float weight[4] = {1, -2, 0.5f, 0.004f}, zero[2] = {0, 0}, broken[2] = {1, INFINITY};
+  int8_t out[4];
+  EXPECT(reduce_channel(weight, 4, 127, out) == 2.f / 127);
+  EXPECT(out[0] == 64 && out[1] == -127 && out[2] == 32 && out[3] == 0);  // 63.5 and 31.75, ties to even
+  EXPECT(reduce_channel(weight, 4, 64, out) == 2.f / 64 && out[1] == -64);
+  EXPECT(reduce_channel(zero, 2, 127, out) == 0 && out[0] == 0);
+  EXPECT(std::isnan(reduce_channel(broken, 2, 127, out)));
+}
+
+}  // namespace
+
+int main() {
+  channels();
+  unsigned seed = 0;
+  for (const auto activation :
+       {Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::silu}) {
+    against_full_precision<int8_t>({2, 16, 48, {3, 4, 7}, activation}, ++seed, 0.15);
+    against_full_precision<BFloat16>({2, 16, 48, {3, 4, 7}, activation}, ++seed, 0.1);
+  }
+  against_full_precision<int8_t>({3, 5, 33, {150, 3, 90, 0, 60}}, ++seed, 0.3);  // several blocks, odd widths
+  against_full_precision<BFloat16>({3, 5, 33, {150, 3, 90, 0, 60}}, ++seed, 0.1);
+  return dynplan::test::finish("reduced_encoder");
+}
