@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from dynplan._library import find_op
 from dynplan.benchmarking import interleave
 from dynplan.policies import PlanRequest, Policy
+
+_encoder_phases = find_op("_encoder_phases")
 
 # In the order of dynplan::_encoder_phases; the name of each phase -> the group it is drawn in.
 PHASES = {
@@ -88,13 +91,13 @@ def profile_forward(model: nn.Module, inputs: Mapping[str, Tensor], rounds: int 
         raise ValueError(f"profile_forward: expected a model in evaluation mode on the CPU, got {state}")
     undisturbed = interleave({"": lambda: model(**inputs)}, rounds)[""].p50
     with _ranges(model), profile(activities=[ProfilerActivity.CPU]) as trace:
-        torch.ops.dynplan._encoder_phases(True)
+        _encoder_phases(True)
         try:
             for _ in range(rounds):
                 with record_function(_FORWARD):
                     model(**inputs)
         finally:
-            phases = torch.ops.dynplan._encoder_phases(False)
+            phases = _encoder_phases(False)
     totals = {event.key: event.cpu_time_total * 1e-6 / rounds for event in trace.key_averages()}
     threads = torch.get_num_threads()
     parts = _parts(totals, [spent / rounds / threads for spent in phases])

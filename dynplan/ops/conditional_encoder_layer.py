@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynplan._library import find_op
 from dynplan.ops.build_dispatch import Dispatch
 
-_pack_encoder_weights = torch.ops.dynplan.pack_encoder_weights.default
-_conditional_encoder_layer = torch.ops.dynplan.conditional_encoder_layer.default
-_conditional_encoder = torch.ops.dynplan.conditional_encoder.default
+_pack_encoder_weights = find_op("pack_encoder_weights")
+_conditional_encoder_layer = find_op("conditional_encoder_layer")
+_conditional_encoder = find_op("conditional_encoder")
 
 ACTIVATIONS = {
     "gelu": F.gelu,

@@ -10,6 +10,7 @@
 #include "kernels/encoder/checks.h"
 #include "ops/conditional_encoder_layer.h"
 #include "ops/cpu/encoder_phases.h"
+#include "ops/cpu/huge_pages.h"
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/reduced_product.h"
 
@@ -29,7 +30,7 @@ at::Tensor pack_encoder_weights_cpu(at::TensorList weights) {
   std::vector<at::Tensor> dense;
   for (const at::Tensor& weight : weights) dense.push_back(weight.contiguous());
   const kernels::PackedLayout layout(sizes.hidden, sizes.intermediate);
-  at::Tensor blob = at::empty({layout.bytes()}, weights[0].options().dtype(at::kByte));
+  at::Tensor blob = empty_for_weights(layout.bytes());
   if (weights[0].scalar_type() == at::kFloat)
     pack_into<float>(dense, sizes, blob.mutable_data_ptr());
   else
