@@ -3,9 +3,9 @@
     python bench/bench_sst2_encoder.py --model FOLDER --sentences FILE.jsonl.gz
 
 FOLDER is a BERT checkpoint with its tokenizer; FILE holds one JSON object a line with the text under --key.
-Prints the time of every contestant, its ratio to sdpa and to keep-all, and the share of the machine's GEMM
-rate that keep-all reaches, counted over the operations of real tokens only. --width and --layers make a
-random model of another size.
+Prints the time of every contestant (keep-all also on int8 and bfloat16 weights), its ratio to sdpa and to
+keep-all, and the share of the machine's GEMM rate that keep-all reaches, counted over the operations of real
+tokens only. --width and --layers make a random model of another size.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from dynplan.benchmarking import append_history, environment, interleave
 from dynplan.policies import FixedPath, KeepAll
 
 SHARES = (0.75, 0.5, 0.25)
+# Relative error that a reduced type is let through with: a sanity bound, `dynplan evaluate` tells the score.
+REDUCED = {"int8": 0.35, "bfloat16": 0.05}
 
 
 def parse() -> argparse.Namespace:
@@ -109,6 +111,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rival, batches = load(options)
     ours = dynplan.swap(copy.deepcopy(rival))
+    reduced = {weights: dynplan.swap(copy.deepcopy(rival), weights=weights) for weights in REDUCED}
     layers = rival.config.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
 
@@ -119,9 +122,11 @@ def main() -> None:
     keep_all, totals = KeepAll(), {}
     for batch in batches:
         real = batch["attention_mask"].bool()
-        torch.testing.assert_close(
-            call(batch, keep_all)[real], rival(**batch).last_hidden_state[real], rtol=1e-4, atol=1e-4
-        )
+        exact = rival(**batch).last_hidden_state[real]
+        torch.testing.assert_close(call(batch, keep_all)[real], exact, rtol=1e-4, atol=1e-4)
+        for weights, model in reduced.items():
+            error = (model(**batch).last_hidden_state[real] - exact).norm() / exact.norm()
+            assert error < REDUCED[weights], f"{weights}: relative error {error:.3f}"
         cases = {
             "Hugging Face sdpa, padded": lambda batch=batch: rival(**batch),
             "dynplan keep-all": lambda batch=batch, policy=keep_all: call(batch, policy),
@@ -129,6 +134,8 @@ def main() -> None:
         for share in SHARES:
             policy = FixedPath(random_paths(len(real), layers, share, generator))
             cases[f"dynplan random {share}"] = lambda batch=batch, policy=policy: call(batch, policy)
+        for weights, model in reduced.items():
+            cases[f"dynplan keep-all, {weights}"] = lambda batch=batch, model=model: model(**batch)
         for name, timing in interleave(cases, rounds=options.rounds, warmup=1).items():
             totals[name] = totals.get(name, 0.0) + timing.p50
 

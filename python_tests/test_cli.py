@@ -79,14 +79,15 @@ def tuned(tiny_model, rows, tmp_path_factory):
 def test_evaluate_writes_the_report(tuned):
     done = invoke(
         *("evaluate", "--model", tuned / "out", "--eval", tuned / "rows.jsonl", "--budgets", "1,0.5"),
-        *("--seconds", 0.01, "--report", tuned / "report"),
+        *("--seconds", 0.01, "--report", tuned / "report", "--weights", "int8,bfloat16"),
     )
     assert done.exit_code == 0, done.output
     assert {"report.md", "paths.png", "tradeoff.png", "results.json"} <= {
         path.name for path in (tuned / "report").iterdir()
     }
     results = json.loads((tuned / "report" / "results.json").read_text())
-    assert len(results["rows"]) == 6 and len(results["verdict"]) == 1
+    assert len(results["rows"]) == 10 and len(results["verdict"]) == 1
+    assert [row["name"] for row in results["rows"]][6:8] == ["dynplan keep-all, int8", "planner, int8"]
     assert results["verdict"][0] in (tuned / "report" / "report.md").read_text()
 
 
@@ -107,6 +108,7 @@ def test_what_the_user_got_wrong_is_said_in_a_line(tuned, tiny_model, tmp_path, 
         ((*finetune, data, "--output", out), "with a run in it; resume it or choose another"),
         ((*evaluate, tiny_model), "expected a folder written by `dynplan finetune`"),
         ((*evaluate, out, "--budgets", "half"), "expected numbers within 0..1"),
+        ((*evaluate, out, "--weights", "int4"), "weights: expected bfloat16 or int8, comma-separated"),
     ):
         message, status = failure(capsys, monkeypatch, *arguments)
         assert words in message and status == 2, message

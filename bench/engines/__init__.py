@@ -19,7 +19,7 @@ class Engine:
     Attributes:
         modules: what a forward needs; imported before memory is counted.
         converters: what :meth:`convert` needs besides.
-        precision: ``fp32`` or ``int8``, of the weights' products.
+        precision: ``fp32``, ``bf16`` or ``int8``, of the weights' products.
         variants: shares of layers kept that the engine can be set to; 1.0 is all it does if alone.
         padding_free: computes only real tokens, whatever the order of the sentences.
         specialises: compiles per input shape, so that every shape has to be met before timing.
@@ -75,6 +75,8 @@ ENGINES = {
     "openvino": "onnx_engines.OpenVino",
     "ctranslate2": "ctranslate2_engine.CTranslate2",
     "dynplan": "dynplan_engine.Dynplan",
+    "dynplan-int8": "dynplan_engine.DynplanInt8",
+    "dynplan-bf16": "dynplan_engine.DynplanBFloat16",
 }
 
 

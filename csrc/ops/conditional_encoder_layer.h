@@ -4,8 +4,7 @@
 //   pack_encoder_weights(weights: 12 tensors of one floating dtype, in the order
 //       qkv (3H, H) (3H,), output (H, H) (H,), norm1 (H,) (H,), up (I, H) (I,), down (H, I) (H,), norm2 (H,)
 //       (H,))
-//     -> opaque, the layout of the device's kernels: on CPU uint8 (bytes,) of
-//     kernels/encoder/packed_weights.h,
+//     -> opaque, the layout of the device's kernels: on CPU uint8 (bytes,), kernels/encoder/packed_weights.h;
 //        on CUDA the parameters end to end (N,) in their own dtype, which the rows must share
 //   conditional_encoder_layer(hidden (T, H), rows int32 (T,), cu_seqlens int32 (B+1,), counts int32 (2,),
 //       packed_weights, num_heads, activation, eps) -> (T, H)

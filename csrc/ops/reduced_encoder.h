@@ -1,7 +1,6 @@
 // Contract of dynplan::pack_reduced_encoder_weights.
 //
-//   pack_reduced_encoder_weights(weights: the 12 tensors of pack_encoder_weights, float32 or bfloat16, on
-//   CPU,
+//   pack_reduced_encoder_weights(weights: those of pack_encoder_weights, float32 or bfloat16, on CPU,
 //       dtype: int8 or bfloat16)
 //     -> opaque uint8 (bytes,), the layout of kernels/reduced_encoder.h
 //

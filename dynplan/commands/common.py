@@ -7,6 +7,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import dynplan
+from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.training import (
     InputError,
     Row,
@@ -35,6 +36,17 @@ def parse_budgets(text: str) -> tuple[float, ...]:
     return tuple(budgets)
 
 
+def parse_weights(text: str | None) -> tuple[str, ...]:
+    """``"int8,bfloat16"`` as names; raises InputError for others."""
+    names = tuple(part.strip() for part in text.split(",")) if text else ()
+    for name in names:
+        if name not in REDUCED_DTYPES:
+            raise InputError(
+                f"weights: expected {' or '.join(REDUCED_DTYPES)}, comma-separated, got {name!r}"
+            )
+    return names
+
+
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
@@ -51,6 +63,7 @@ def evaluate_folder(
     report: Path | None = None,
     max_length: int | None = None,
     intro: str = "",
+    weights: tuple[str, ...] = (),
 ) -> list[Row]:
     """Evaluate a folder that ``finetune`` wrote, print table and verdict, write the report if asked."""
     task, recipe, static = load_run(folder)
@@ -70,6 +83,7 @@ def evaluate_folder(
         budgets,
         batch_sizes=(1, 32) if seconds else (),
         seconds=seconds,
+        weights=weights,
     )
     console = Console()
     console.print(rich_table(task, results, title))

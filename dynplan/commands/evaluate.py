@@ -16,6 +16,10 @@ def command(
         Path | None,
         typer.Option(help="Another model to stand as the unmodified one [default: the same weights]."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Also keep-all and planner on weights of these types: int8, bfloat16, or both."),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.md, pictures and results.json.")
     ] = None,
@@ -26,7 +30,7 @@ def command(
     ] = None,
 ) -> None:
     """Compare planner, random path and best fixed subset at every budget with the unmodified model."""
-    from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
+    from dynplan.commands.common import evaluate_folder, parse_budgets, parse_weights, set_threads
     from dynplan.training import check_output, read_rows
 
     set_threads(threads)
@@ -41,4 +45,5 @@ def command(
         beside=beside,
         report=report,
         max_length=max_length,
+        weights=parse_weights(weights),
     )

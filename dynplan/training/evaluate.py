@@ -2,6 +2,7 @@
 model.
 """
 
+import copy
 import json
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from dynplan.benchmarking import interleave
+from dynplan.integrations.transformers import swap, unswap
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.training.data import EncodedDataset, InputError, Task
 from dynplan.training.predict import make_batches, predict
@@ -85,8 +87,17 @@ def plain_model(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def contestants(model: nn.Module, plain: nn.Module, static: dict, budgets) -> list[_Contestant]:
-    """Hugging Face, keep-all, then planner, random path and best fixed subset at every budget.
+def reduced_twin(model: nn.Module, weights: str) -> nn.Module:
+    """The swapped ``model`` again, on the same parameters, with products in ``weights``."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return swap(unswap(copy.deepcopy(model, shared)), KeepAll(), weights=weights)
+
+
+def contestants(
+    model: nn.Module, plain: nn.Module, static: dict, budgets, weights: tuple[str, ...] = ()
+) -> list[_Contestant]:
+    """Hugging Face, keep-all, then planner, random path and best fixed subset at every budget; then, for each
+    of ``weights``, keep-all and the planner at every budget below 1 once more.
 
     Raises InputError when the model's policy is not a planner's.
     """
@@ -106,6 +117,14 @@ def contestants(model: nn.Module, plain: nn.Module, static: dict, budgets) -> li
             draws = [RandomPath(budget, seed=seed) for seed in range(RANDOM_SEEDS)]
             rows.append(_Contestant("random path", budget, model, draws))
             rows.append(_Contestant("best fixed subset", budget, model, [StaticPath(static, budget)]))
+    for dtype in weights:
+        twin = reduced_twin(model, dtype)
+        rows.append(_Contestant(f"dynplan keep-all, {dtype}", None, twin, [KeepAll()]))
+        rows += [
+            _Contestant(f"planner, {dtype}", budget, twin, [PlannerPolicy(planner, budget)])
+            for budget in budgets
+            if budget < 1
+        ]
     return rows
 
 
@@ -120,15 +139,17 @@ def evaluate(
     batch_sizes: tuple[int, ...] = (1, 32),
     seconds: float = 30.0,
     progress: bool = True,
+    weights: tuple[str, ...] = (),
 ) -> list[Row]:
     """Score every contestant on ``dataset`` in batches of 32, then time them in turn for about ``seconds`` in
     all.
 
     Timing goes round and round over contestants and batches and takes medians, so that a noisy machine
     disturbs all alike. Each sentence is tokenized before; a time is that of the model's forward alone.
+    ``weights``: "int8", "bfloat16": contestants on such weights besides.
     """
     policy, budget = model.dynplan.policy, model.dynplan.budget
-    entrants = contestants(model, plain, static, budgets)
+    entrants = contestants(model, plain, static, budgets, weights)
     batches = make_batches(dataset, tokenizer, 32)
     rows = []
     for contestant in tqdm(entrants, desc="scores", disable=not progress):

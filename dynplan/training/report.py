@@ -18,6 +18,10 @@ _LOOK = {
     "planner": ("#D55E00", "o"),
     "random path": ("#999999", "v"),
     "best fixed subset": ("#009E73", "^"),
+    "dynplan keep-all, int8": ("#56B4E9", "D"),
+    "planner, int8": ("#E69F00", "o"),
+    "dynplan keep-all, bfloat16": ("#56B4E9", "X"),
+    "planner, bfloat16": ("#E69F00", "P"),
 }
 _DPI = 160
 
@@ -219,7 +223,8 @@ def write_report(
         markdown_table(task, rows),
         "layers: share of sample-layers run; work: share of token-layers; ms: milliseconds per sentence.",
         f"Latency: medians, contestants timed in turn, on {where['device']} ({where['isa']}),"
-        f" {where['threads']} threads, torch {where['torch']}, float32; the forward alone, not tokenizing."
+        f" {where['threads']} threads, torch {where['torch']}, float32 unless said;"
+        " the forward alone, not tokenizing."
         " Random paths: mean and standard deviation over three seeds.",
         "## Does the planner pay?",
         "\n".join(f"- {sentence}" for sentence in words),
