@@ -141,7 +141,8 @@ def conditional_encoder(
         dispatch: of ``build_dispatch`` for all layers: ``rows`` int32 (L, T), ``cu_seqlens`` int32
             (L, B+1), ``counts`` int32 (L, 2).
         weights: L layers' weights; may be None with ``packed_weights`` in inference.
-        packed_weights: L packed blobs, one per layer.
+        packed_weights: L packed blobs, one per layer; of ``pack_encoder_weights``, or on CPU of
+            ``pack_reduced_encoder_weights``, all of one dtype.
         gates: (L, T) floating, one per layer and packed row.
         num_heads, activation, eps, dropout, attention_dropout: as for one layer.
 

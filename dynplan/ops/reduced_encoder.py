@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from dynplan._library import find_op
 from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
 
-_pack_reduced_encoder_weights = torch.ops.dynplan.pack_reduced_encoder_weights.default
+_pack_reduced_encoder_weights = find_op("pack_reduced_encoder_weights")
+_multiplies_bfloat16 = find_op("_multiplies_bfloat16")
 
 REDUCED_DTYPES = ("bfloat16", "int8")
 
@@ -36,7 +38,7 @@ def pack_reduced_encoder_weights(weights: EncoderLayerWeights, dtype: str) -> Te
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the text names the argument.
     """
     tensors = [w.detach() for w in weights]
-    if dtype == "bfloat16" and not torch.ops.dynplan._multiplies_bfloat16():
+    if dtype == "bfloat16" and not _multiplies_bfloat16():
         return pack_encoder_weights(EncoderLayerWeights(*(w.bfloat16() for w in tensors)))
     return _pack_reduced_encoder_weights(tensors, dtype)
 

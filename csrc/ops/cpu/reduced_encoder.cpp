@@ -3,7 +3,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_int_mm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "ops/conditional_encoder_layer.h"
+#include "ops/cpu/huge_pages.h"
 #include "ops/cpu/reduced_product.h"
 
 namespace dynplan {
@@ -90,7 +90,7 @@ at::Tensor pack_reduced_encoder_weights_cpu(at::TensorList weights, c10::string_
   std::vector<at::Tensor> dense;
   for (const at::Tensor& weight : weights) dense.push_back(weight.contiguous());
   const kernels::ReducedLayout layout(dtype, sizes.hidden, sizes.intermediate);
-  at::Tensor blob = at::empty({layout.bytes}, weights[0].options().dtype(at::kByte));
+  at::Tensor blob = empty_for_weights(layout.bytes);
   void* out = blob.mutable_data_ptr();
   const bool float32 = weights[0].scalar_type() == at::kFloat;
   if (dtype == ReducedDtype::int8)
