@@ -112,9 +112,24 @@ def test_arguments_may_be_left_out(device):
 def test_plans_change_between_replays(device):
     model = swapped(device)
     captured = dynplan.capture(model, 6, 12)
-    plans = [torch.ones(5, 4), torch.zeros(5, 4), torch.eye(5, 4), torch.zeros(5, 4), torch.rand(5, 4) < 0.5]
-    plans[3][2] = 1
-    lengths = [(9, 3, 1, 7, 5), (12, 1, 12, 1, 12), (2, 2, 2, 2, 2), (5, 9, 1, 3, 7), (1, 12, 4, 6, 8)]
+    one_sample, one_layer = torch.zeros(5, 4), torch.zeros(5, 4)
+    one_sample[2], one_layer[:, 1] = 1, 1
+    plans = [
+        torch.ones(5, 4),
+        torch.zeros(5, 4),
+        torch.eye(5, 4),
+        one_sample,
+        torch.rand(5, 4) < 0.5,
+        one_layer,
+    ]
+    lengths = [
+        (9, 3, 1, 7, 5),
+        (12, 1, 12, 1, 12),
+        (2, 2, 2, 2, 2),
+        (5, 9, 1, 3, 7),
+        (1, 12, 4, 6, 8),
+        (3,) * 5,
+    ]
     for plan, of in zip(plans, lengths, strict=True):
         model.dynplan.policy = FixedPath(plan.bool())
         inputs = to(device, batch(of))
@@ -318,3 +333,5 @@ def test_a_policy_that_waits_is_refused():
 
     with pytest.raises(RuntimeError, match="capture: the forward cannot be recorded as a CUDA graph"):
         dynplan.capture(swapped("cuda", Waits()), 2, 8)
+    torch.rand(3, device="cuda")  # the generator is out of the recording that failed
+    dynplan.capture(swapped("cuda"), 2, 8)(torch.ones(2, 8, dtype=torch.long, device="cuda"))
