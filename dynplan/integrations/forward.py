@@ -13,6 +13,7 @@ from transformers.modeling_outputs import (
 )
 
 from dynplan.integrations.controller import Controller
+from dynplan.integrations.embeddings import PlainEmbeddings
 from dynplan.ops import pack, unpack
 from dynplan.policies import PlanRequest
 
@@ -37,6 +38,7 @@ class SwappedForward:
         self.encoder = encoder
         self.controller = controller
         self.reads_first = reads_first
+        self._plain = PlainEmbeddings(encoder.embeddings)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -127,13 +129,18 @@ class SwappedForward:
         inputs_embeds: Tensor | None,
     ) -> Tensor:
         embeddings = self.encoder.embeddings
+        if self._plain.module is not embeddings:
+            self._plain = PlainEmbeddings(embeddings)
         try:
-            embedded = embeddings(
-                input_ids=input_ids,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-            )
+            if self._plain.serves(position_ids, inputs_embeds):
+                embedded = self._plain(input_ids, token_type_ids)
+            else:
+                embedded = embeddings(
+                    input_ids=input_ids,
+                    token_type_ids=token_type_ids,
+                    position_ids=position_ids,
+                    inputs_embeds=inputs_embeds,
+                )
         except (IndexError, RuntimeError) as error:
             # Looked at only now: a check before each forward would cost two passes over the ids.
             self._explain(error, input_ids, token_type_ids, position_ids, inputs_embeds)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from operator import attrgetter, is_
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
+from dynplan import _native
 from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 
@@ -20,7 +21,6 @@ _SITES = (
     "output.dense",
     "output.LayerNorm",
 )
-_VERSION = attrgetter("_version")
 
 
 class PackedLayers:
@@ -50,8 +50,8 @@ class PackedLayers:
 class _Stack:
     """What a stack of layers was made of when its weights were packed.
 
-    The check runs at every forward, over some 27 entries per layer: hence flat lists and ``map`` over C
-        functions.
+    The check runs at every forward, over some 27 entries and 16 tensors per layer. After one short text's
+    forward nothing of theirs is left in cache, so it is made in C++: 0.3 ms through Python, now 0.2 or less.
     """
 
     def __init__(self, layers: list[nn.Module], before: _Stack | None, dtype: str | None) -> None:
@@ -66,6 +66,8 @@ class _Stack:
             if before is None or before.packed is None
             else dict(zip(before.layers, before.seen, strict=True))
         )
+        # Before packing: what another thread writes meanwhile shall be noticed.
+        self._watch = torch.classes.dynplan.WeightWatch([t for seen in self.seen for t in seen.tensors])
         self.packed = []
         for layer, seen in zip(layers, self.seen, strict=True):
             seen.pack(old.get(layer), dtype)
@@ -74,20 +76,13 @@ class _Stack:
         self._names = [name for seen in self.seen for _, name, _ in seen.entries]
         self._objects = [entry for seen in self.seen for _, _, entry in seen.entries]
         self._hooks = [table for seen in self.seen for table in seen.hooks]
-        self._tensors = [tensor for seen in self.seen for tensor in seen.tensors]
-        self._versions = [version for seen in self.seen for version in seen.versions]
-        self._addresses = [address for seen in self.seen for address in seen.addresses]
-        # A model made under inference_mode counts no versions.
-        self._counted = not any(tensor.is_inference() for tensor in self._tensors)
 
     def holds(self) -> bool:
         """Whether nothing has changed since."""
         return (
             self._plain
-            and all(map(is_, map(dict.get, self._tables, self._names), self._objects))
-            and not any(self._hooks)
-            and (not self._counted or list(map(_VERSION, self._tensors)) == self._versions)
-            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and _native.same_entries(self._tables, self._names, self._objects, self._hooks)
+            and self._watch.unchanged()
         )
 
 
