@@ -1,9 +1,15 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.test_conditional_encoder_layer import ACTIVATIONS, cast, draw_inputs
 
+from dynplan import _native
 from dynplan.ops import (
     EncoderLayerWeights,
     build_dispatch,
@@ -194,3 +200,41 @@ def test_blobs_that_do_not_belong():
             ValueError, match="conditional_encoder: expected packed_weights to come from " + text
         ):
             conditional_encoder(hidden, dispatch, None, 2, packed_weights=blobs)
+
+
+EXTREMES = """
+import torch
+from dynplan.ops import build_dispatch, conditional_encoder, pack_reduced_encoder_weights
+from dynplan.reference.reduced_encoder import reduced_encoder
+from ops.test_conditional_encoder_layer import draw_weights
+
+weights = draw_weights(64, 128, torch.Generator().manual_seed(0))
+for weight in (weights.qkv_weight, weights.output_weight, weights.up_weight, weights.down_weight):
+    weight.sign_()
+weights.qkv_weight.fill_(1)
+levels = torch.ops.dynplan._int8_weight_levels()
+for length in (1, 9, 90):
+    dispatch = build_dispatch(torch.ones(1, 1).bool(), torch.tensor([0, length]).int(), length)
+    hidden = torch.ones(length, 64)
+    ours = conditional_encoder(
+        hidden, dispatch, None, 4, "relu", packed_weights=[pack_reduced_encoder_weights(weights, "int8")]
+    )
+    theirs = reduced_encoder(hidden, dispatch, [weights], 4, "relu", dtype="int8", levels=levels)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+print(levels)
+"""
+
+
+@pytest.mark.skipif(_native.cpu_features()["best_isa"] == "baseline", reason="needs a CPU with avx2")
+def test_sums_are_exact_without_vnni_too():
+    """Rows and weights at their largest, on a oneDNN that adds pairs of products in 16 bits."""
+    narrow = {"DYNPLAN_CPU_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    tests = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", EXTREMES],
+        env=os.environ | narrow | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) in (64, 127)
