@@ -10,7 +10,8 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 template <class T, class Kernel>
 RegionBadLabel run_forward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                            Parallel parallel) {
-  const Tiling tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p));
+  const Tiling tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p),
+                      Pool<T>::strip(p));
   const int64_t units = tiling.units();
   const std::unique_ptr<PowerSum[]> sums(new PowerSum[units]);
   const std::unique_ptr<RegionBadLabel[]> bad(new RegionBadLabel[units]);
@@ -39,7 +40,7 @@ void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
                   const RegionCrossEntropyGrad& grad, Parallel parallel) {
   const int64_t columns = Tiling::columns(Kernel::bytes_per_column(p));
   if (p.low[0] == 0) {
-    const Tiling tiling(p.batch, p.size, columns, Tiling::march(p));
+    const Tiling tiling(p.batch, p.size, columns, Tiling::march(p), Pool<T>::strip(p));
     parallel(tiling.units(), 1, [&](int64_t begin, int64_t end) {
       Kernel kernel(p, state, grad);
       for (int64_t unit = begin; unit < end; ++unit) {
@@ -59,7 +60,7 @@ void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
     return larger(1, full_length * low_size / larger(1, full_size));
   };
   const Tiling tiling(p.batch, low, shrunk(columns, p.low[1], p.size[2]),
-                      shrunk(Tiling::march(p), p.low[0], p.size[0]));
+                      shrunk(Tiling::march(p), p.low[0], p.size[0]), 1);
   parallel(tiling.units(), 1, [&](int64_t begin, int64_t end) {
     Kernel kernel(p, state, grad);
     UpsampledGradient<T> folded(p, grad);

@@ -27,9 +27,9 @@ struct ProbabilityPlanes {
   ProbabilityPlanes(const RegionCrossEntropyParams& params, void* state_lse)
       : planes(params), lse(static_cast<T*>(state_lse)) {}
 
-  void reset(const Box& box, int halo) {
-    planes.reset(box, halo);
-    probability.reset(memory, planes.logits.box, 1, planes.logits.planes);
+  void reset(const Box& box, int halo, int64_t label_planes, int64_t logit_planes) {
+    planes.reset(box, halo, label_planes, logit_planes);
+    probability.reset(memory, planes.logits.box, 1, logit_planes);
   }
 
   T* lse_at(int64_t n, int64_t d, int64_t h, int64_t w) const {
@@ -89,69 +89,63 @@ class RegionProbsForward {
 
   RegionProbsForward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state)
       : p_(params),
-        state_(state),
-        weights_(params),
+        strip_(Pool<T>::strip(params)),
+        out_(params, state),
         planes_(params, state.lse),
-        pool_(params, planes_.planes.labels, planes_.planes.uniform, planes_.probability, 1) {}
+        pool_(params, planes_.planes.labels, planes_.probability, 1),
+        merged_(1) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
     return RegionForward<T>::bytes_per_column(p);
   }
 
   PowerSum run(int64_t n, const Box& box) {
-    const int r = p_.radius[0];
     PowerSum total;
-    planes_.reset(box, 1);
-    row_.reset(row_memory_, box.row(), 4, 1);
-    for (int64_t d = box.begin[0] - r; d < box.begin[0] + r; ++d) planes_.load(n, d, &box);
-    for (int64_t d = box.begin[0]; d < box.end[0]; ++d) {
-      planes_.load(n, d + r, &box);
-      if (d % p_.stride[0] != 0) continue;
-      for (int64_t h = box.begin[1]; h < box.end[1]; ++h)
-        if (h % p_.stride[1] == 0) row(n, d, h, box, total);
-    }
+    const int64_t planes = 2 * p_.radius[0] + strip_;
+    planes_.reset(box, 1, planes, planes);
+    out_.reset(box);
+    march_forward(
+        p_, box, strip_, [&](int64_t d) { planes_.load(n, d, &box); },
+        [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
     return total;
   }
 
   const RegionBadLabel& bad() const { return planes_.planes.label_rows.bad(); }
 
  private:
-  void row(int64_t n, int64_t d, int64_t h, const Box& box, PowerSum& total) {
+  void rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, PowerSum& total) {
     const Ring<Int>& labels = planes_.planes.labels;
     const int64_t margin = box.begin[2] - labels.box.begin[2];
-    const Int* own_row = labels.at(d, h, box.begin[2]);
-    T *losses = row_.data, *agreement = losses + row_.class_stride;
-    T *sums = agreement + row_.class_stride, *totals = sums + row_.class_stride;
-    pool_.aim(d, h, /*anchors=*/false);
-    for (int64_t x = 0; x < box.extent(2); x += Pool<T>::kSegment)
-      pool_.run(own_row + x, margin + x, margin + x, smaller(Pool<T>::kSegment, box.extent(2) - x), sums + x,
-                0, totals + x);
-    for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
-      const M own = S::load(own_row + x), valid = own >= 0;
-      if (state_.agreement) S::store(agreement + x, pool_.agreement(own, margin + x));
-      V loss = -S::log(valid ? S::load(sums + x) / S::load(totals + x) : S::fill(1));
-      if (weights_.weight)
-        for (int lane = 0; lane < S::lanes; ++lane) loss[lane] *= weights_.of(own[lane]);
-      S::store(losses + x, S::masked(valid, S::at_least(loss, 0)));
+    pool_.aim(d, h, count, /*anchors=*/false);
+    for (int64_t x = 0; x < box.extent(2); x += kRegionSegment) {
+      const int64_t columns = smaller(kRegionSegment, box.extent(2) - x);
+      merged_.pool(pool_, margin + x, columns);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < columns; j += S::lanes) {
+          if (out_.counts()) S::store(out_.agreement(i) + x + j, pool_.agreement(i, margin + x + j));
+          const int64_t at = i * kRegionSegment + j;
+          vector(S::load(labels.at(d + i, h, box.begin[2] + x + j)), S::load(merged_.sums.get() + at),
+                 S::load(merged_.totals + at), out_.losses(i) + x + j);
+        }
     }
-    const AnchorRow anchors(p_, n, d, h, box.begin[2], box.end[2]);
-    T* losses_out = static_cast<T*>(state_.losses) + anchors.index;
-    const int64_t first = anchors.first - box.begin[2];
-    for (int64_t i = 0; i < anchors.count; ++i) {
-      losses_out[i] = losses[first + i * anchors.step];
-      if (state_.agreement)
-        state_.agreement[anchors.index + i] = static_cast<int16_t>(agreement[first + i * anchors.step]);
-    }
-    add_row(total, losses_out, anchors.count, own_row + first, anchors.step, weights_);
+    for (int64_t i = 0; i < count; ++i)
+      out_.write(i, n, d + i, h, box, labels.at(d + i, h, box.begin[2]), /*with_lse=*/false, total);
+  }
+
+  DYNPLAN_INLINE void vector(M own, V sum, V total_weight, T* losses) const {
+    const M valid = own >= 0;
+    V loss = -S::log(valid ? sum / total_weight : S::fill(1));
+    if (out_.weights().weight)
+      for (int lane = 0; lane < S::lanes; ++lane) loss[lane] *= out_.weights().of(own[lane]);
+    S::store(losses, S::masked(valid, S::at_least(loss, 0)));
   }
 
   const RegionCrossEntropyParams& p_;
-  const RegionCrossEntropyState& state_;
-  ClassWeights<T> weights_;
+  int64_t strip_;
+  LossRows<T> out_;
   ProbabilityPlanes<T> planes_;
   Pool<T> pool_;
-  Scratch<T> row_memory_;
-  Ring<T> row_;
+  MergedBlock<T> merged_;
 };
 
 template <class T>
@@ -165,11 +159,13 @@ class RegionProbsBackward {
   RegionProbsBackward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
                       const RegionCrossEntropyGrad& grad)
       : p_(params),
+        strip_(Pool<T>::strip(params)),
         weights_(params),
         slopes_(params, state, grad),
         planes_(params, state.lse),
-        merge_(params, planes_.planes.labels, planes_.planes.uniform, planes_.probability, 1),
-        gather_(params, planes_.planes.labels, planes_.planes.uniform, anchors_, 1) {}
+        merge_(params, planes_.planes.labels, planes_.probability, 1),
+        gather_(params, planes_.planes.labels, anchors_, 1),
+        merged_(1) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
     return RegionBackward<T>::bytes_per_column(p);
@@ -177,62 +173,59 @@ class RegionProbsBackward {
 
   template <class Store>
   void run(int64_t n, const Box& box, const DirectRows<T>&, Store store) {
-    const int r = p_.radius[0];
-    planes_.reset(box, 2);
-    anchors_.reset(anchor_memory_, box.grown(p_.radius, 1), 1, 2 * r + 1);
-    row_.reset(row_memory_, anchors_.box.row(), larger(2, p_.classes), 1);
-    for (int64_t d = box.begin[0] - 2 * r; d < box.begin[0]; ++d) planes_.load(n, d, nullptr);
-    for (int64_t q = box.begin[0] - r; q < box.end[0] + r; ++q) {
-      planes_.load(n, q + r, nullptr);
-      if (q >= 0 && q < p_.size[0] && q % p_.stride[0] == 0)
-        for (int64_t h = larger(0, anchors_.box.begin[1]); h < smaller(p_.size[1], anchors_.box.end[1]); ++h)
-          if (h % p_.stride[1] == 0) anchor_row(n, q, h);
-      const int64_t d = q - r;
-      if (d < box.begin[0]) continue;
-      for (int64_t h = box.begin[1]; h < box.end[1]; ++h) {
-        gather_row(n, d, h, box);
-        store(d, h, box.begin[2], row_.data, row_.class_stride);
-      }
-    }
+    const int64_t between = planes_between(p_, strip_);
+    planes_.reset(box, 2, between + p_.radius[0], between + p_.radius[0]);
+    anchors_.reset(anchor_memory_, anchor_box(p_, box), 1, between);
+    slopes_.reset(anchors_.box);
+    row_.reset(row_memory_, box.row(), p_.classes, 1);
+    march_backward(
+        p_, box, strip_, [&](int64_t d) { planes_.load(n, d, nullptr); },
+        [&](int64_t d, int64_t h, int64_t count) { anchor_rows(n, d, h, count, box); },
+        [&](int64_t d, int64_t h, int64_t count) { gather_rows(n, d, h, count, box, store); });
   }
 
  private:
   // s_q weight[y_q] / (Z_q v_q): the division by Z_q cancels the one inside v_q.
-  void anchor_row(int64_t n, int64_t d, int64_t h) {
-    const Ring<Int>& labels = planes_.planes.labels;
-    const Box& box = anchors_.box;
-    const int64_t margin = box.begin[2] - labels.box.begin[2];
-    T *slopes = row_.data, *sums = slopes + row_.class_stride, *out = anchors_.at(d, h, box.begin[2]);
-    for (int64_t x = 0; x < row_.class_stride; ++x) slopes[x] = 0;
-    const AnchorRow row(p_, n, d, h, larger(0, box.begin[2]), smaller(p_.size[2], box.end[2]));
-    slopes_.row(p_, row, n, d, h, slopes + row.first - box.begin[2]);
-    merge_.aim(d, h, /*anchors=*/false);
-    const Int* own_row = labels.at(d, h, box.begin[2]);
-    for (int64_t x = 0; x < box.extent(2); x += Pool<T>::kSegment)
-      merge_.run(own_row + x, margin + x, margin + x, smaller(Pool<T>::kSegment, box.extent(2) - x), sums + x,
-                 0, nullptr);
-    for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
-      const M own = S::load(own_row + x), valid = own >= 0;
-      V g = S::load(slopes + x) / (valid ? S::load(sums + x) : S::fill(1));
-      if (weights_.weight)
-        for (int lane = 0; lane < S::lanes; ++lane) g[lane] *= weights_.of(own[lane]);
-      S::store(out + x, S::masked(valid, g));
+  void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box) {
+    const int64_t radius = p_.radius[2], begin = box.begin[2] - radius, width = box.extent(2) + 2 * radius;
+    for (int64_t i = 0; i < count; ++i) slopes_.load(i, n, d + i, h, anchors_.box, /*with_lse=*/false);
+    merge_.aim(d, h, count, /*anchors=*/false);
+    for (int64_t x = 0; x < width; x += kRegionSegment) {
+      const int64_t columns = smaller(kRegionSegment, width - x);
+      merged_.pool(merge_, radius + x, columns);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < columns; j += S::lanes) {
+          const M own = S::load(planes_.planes.labels.at(d + i, h, begin + x + j)), valid = own >= 0;
+          const V sum = S::load(merged_.sums.get() + i * kRegionSegment + j);
+          V g = S::load(slopes_.slopes(i) + radius + x + j) / (valid ? sum : S::fill(1));
+          if (weights_.weight)
+            for (int lane = 0; lane < S::lanes; ++lane) g[lane] *= weights_.of(own[lane]);
+          S::store(anchors_.at(d + i, h, begin + x + j), S::masked(valid, g));
+        }
     }
   }
 
-  void gather_row(int64_t n, int64_t d, int64_t h, const Box& box) {
-    const Ring<Int>& labels = planes_.planes.labels;
+  template <class Store>
+  void gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, Store store) {
+    gather_.aim(d, h, count, /*anchors=*/true);
+    // Segments of all rows first, into sums that the rows then use one by one.
+    gathered_.reset(gathered_memory_, box.row(), 1, kRegionStrip);
+    for (int64_t x = 0; x < box.extent(2); x += kRegionSegment) {
+      BlockOutput<T> out{{}, 0};
+      for (int64_t i = 0; i < count; ++i) out.row[i] = gathered_.data + i * gathered_.plane_stride + x;
+      gather_.run(2 * p_.radius[2] + x, smaller(kRegionSegment, box.extent(2) - x), out, nullptr);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      gradient_row(n, d + i, h, box, gathered_.data + i * gathered_.plane_stride);
+      store(d + i, h, box.begin[2], row_.data, row_.class_stride);
+    }
+  }
+
+  void gradient_row(int64_t n, int64_t d, int64_t h, const Box& box, const T* gathered) {
     const Ring<T>& logits = planes_.planes.logits;
-    const int64_t margin = box.begin[2] - anchors_.box.begin[2];
-    const Int* own_row = labels.at(d, h, box.begin[2]);
     const T* lse_row = planes_.lse_at(n, d, h, box.begin[2]);
-    gather_.aim(d, h, /*anchors=*/true);
-    T* gathered = row_.data;  // class 0's row, overwritten last
-    for (int64_t x = 0; x < box.extent(2); x += Pool<T>::kSegment)
-      gather_.run(own_row + x, 2 * margin + x, margin + x, smaller(Pool<T>::kSegment, box.extent(2) - x),
-                  gathered + x, 0, nullptr);
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
-      const M own = S::load(own_row + x);
+      const M own = S::load(planes_.planes.labels.at(d, h, box.begin[2] + x));
       const V r = S::load(gathered + x) * S::load(planes_.probability.at(d, h, box.begin[2] + x));
       V lse{};
       std::memcpy(&lse, lse_row + x, smaller(S::lanes, box.extent(2) - x) * sizeof(T));
@@ -246,13 +239,15 @@ class RegionProbsBackward {
   }
 
   const RegionCrossEntropyParams& p_;
+  int64_t strip_;
   ClassWeights<T> weights_;
-  AnchorSlopes<T> slopes_;
+  SlopeRows<T> slopes_;
   ProbabilityPlanes<T> planes_;
-  Ring<T> anchors_;
-  Ring<T> row_;  // slopes, then gradient
-  Scratch<T> anchor_memory_, row_memory_;
+  Ring<T> anchors_, gathered_;
+  Ring<T> row_;  // of gradient
+  Scratch<T> anchor_memory_, gathered_memory_, row_memory_;
   Pool<T> merge_, gather_;
+  MergedBlock<T> merged_;
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

@@ -14,10 +14,7 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-#if DYNPLAN_VECTOR_BYTES == 64
-typedef int32_t Lanes512 __attribute__((vector_size(64)));
-typedef long long Pairs512 __attribute__((vector_size(64)));
-#elif DYNPLAN_VECTOR_BYTES == 32
+#if DYNPLAN_VECTOR_BYTES == 32
 typedef float Lanes256 __attribute__((vector_size(32)));
 typedef double Pairs256 __attribute__((vector_size(32)));
 #endif
@@ -39,6 +36,7 @@ struct Simd {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  DYNPLAN_INLINE static void store(Int* p, M v) { std::memcpy(p, &v, sizeof v); }
   DYNPLAN_INLINE static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
   DYNPLAN_INLINE static void store(T* p, V v, int64_t count) {
     std::memcpy(p, &v, count < lanes ? count * sizeof(T) : sizeof v);
@@ -49,10 +47,7 @@ struct Simd {
   DYNPLAN_INLINE static V unmasked(M mask, V v) { return std::bit_cast<V>(~mask & std::bit_cast<M>(v)); }
   // One bit per lane of a comparison's result.
   DYNPLAN_INLINE static unsigned bits(M mask) {
-#if DYNPLAN_VECTOR_BYTES == 64
-    if constexpr (sizeof(T) == 4) return __builtin_ia32_cvtd2mask512(std::bit_cast<Lanes512>(mask));
-    if constexpr (sizeof(T) == 8) return __builtin_ia32_cvtq2mask512(std::bit_cast<Pairs512>(mask));
-#elif DYNPLAN_VECTOR_BYTES == 32
+#if DYNPLAN_VECTOR_BYTES == 32
     if constexpr (sizeof(T) == 4) return __builtin_ia32_movmskps256(std::bit_cast<Lanes256>(mask));
     if constexpr (sizeof(T) == 8) return __builtin_ia32_movmskpd256(std::bit_cast<Pairs256>(mask));
 #endif
@@ -78,7 +73,8 @@ struct Simd {
   }
 
   // e^x for x <= 88, within 1 ulp for float; 0 where it is below the smallest normal number. NaN passes
-  // through. Range reduction by a multiple of ln 2 split in two, then Cephes' polynomial (expf.c).
+  // through. Range reduction by a multiple of ln 2, then a minimax polynomial, its terms paired: this is
+  // called in sequence, and what limits it is how many calls are in flight.
   DYNPLAN_INLINE static V exp(V x) {
     if constexpr (sizeof(T) == 8) {
       return per_lane(x, [](double v) { return std::exp(v); });
@@ -86,13 +82,10 @@ struct Simd {
       constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
       const V shifted = x * 1.44269504f + kRound;
       const V n = shifted - kRound;
-      const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-      V y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-      y = y * r + 8.3334519073e-3f;
-      y = y * r + 4.1665795894e-2f;
-      y = y * r + 1.6666665459e-1f;
-      y = y * r + 5.0000001201e-1f;
-      y = y * (r * r) + (r + 1.f);
+      const V r = x - n * 0.693147182f, r2 = r * r;
+      const V low = r * 0.16666521f + 0.49999994f,
+              high = r2 * 1.3814594e-3f + (r * 8.368719e-3f + 4.166839e-2f);
+      const V y = (high * r2 + low) * r2 + (r + 1.f);
       return unmasked(x < -87.3f, std::bit_cast<V>(std::bit_cast<M>(y) + (std::bit_cast<M>(shifted) << 23)));
     }
   }

@@ -65,15 +65,17 @@ struct Box {
 // How images are cut into boxes, one unit of work each.
 class Tiling {
  public:
-  // `columns`: columns of a tile's cross-section that fit in cache; `march`: planes between two restarts.
-  Tiling(int64_t batch, const int64_t (&size)[3], int64_t columns, int64_t march) : batch_(batch) {
+  // `columns`: columns of a tile's cross-section that fit in cache; `march`: planes between two restarts;
+  // `strip`: planes handled at once.
+  Tiling(int64_t batch, const int64_t (&size)[3], int64_t columns, int64_t march, int64_t strip)
+      : batch_(batch) {
     const bool flat = size[1] == 1;
     // The cross-section of a volume is a tile about four times as wide as high: halos cost least where they
     // are contiguous.
     const int64_t width = static_cast<int64_t>(std::sqrt(4.0 * static_cast<double>(columns)));
-    cut(2, size[2], flat ? columns : larger(32, width));
-    cut(1, size[1], flat ? 1 : larger(4, columns / length_[2]));
-    cut(0, size[0], march);
+    cut(2, size[2], flat ? columns : larger(32, width), 16);
+    cut(1, size[1], flat ? 1 : larger(4, columns / length_[2]), 1);
+    cut(0, size[0], march, strip);
   }
 
   // Room for rings that cost `bytes` per column.
@@ -98,11 +100,12 @@ class Tiling {
   }
 
  private:
-  // Even lengths of at most `most`.
-  void cut(int axis, int64_t size, int64_t most) {
+  // Even lengths of about `most`, multiples of `grain`.
+  void cut(int axis, int64_t size, int64_t most, int64_t grain) {
     size_[axis] = size;
-    count_[axis] = larger(1, ceil_div(size, larger(1, most)));
-    length_[axis] = larger(1, ceil_div(size, count_[axis]));
+    const int64_t count = larger(1, ceil_div(size, larger(1, most)));
+    length_[axis] = larger(1, ceil_div(ceil_div(size, count), grain)) * grain;
+    count_[axis] = larger(1, ceil_div(size, length_[axis]));
   }
 
   int64_t batch_, size_[3], count_[3], length_[3];
@@ -131,8 +134,13 @@ struct Ring {
     data = scratch.zeroed(plane_stride * planes + kLine);
   }
 
+  // d may lie before the image.
+  T* plane(int64_t d) const {
+    const int64_t slot = d % planes;
+    return data + (slot < 0 ? slot + planes : slot) * plane_stride;
+  }
   int64_t offset(int64_t d, int64_t h, int64_t w) const {
-    return d % planes * plane_stride + (h - box.begin[1]) * row_stride + (w - box.begin[2]);
+    return plane(d) - data + (h - box.begin[1]) * row_stride + (w - box.begin[2]);
   }
   T* at(int64_t d, int64_t h, int64_t w) const { return data + offset(d, h, w); }
 };

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dynplan._library import find_op
 from dynplan.ops.region_minkowski import mean_over_ranks
 
-_region_cross_entropy = torch.ops.dynplan.region_cross_entropy.default
-_region_cross_entropy_upsampled = torch.ops.dynplan.region_cross_entropy_upsampled.default
+_region_cross_entropy = find_op("region_cross_entropy")
+_region_cross_entropy_upsampled = find_op("region_cross_entropy_upsampled")
 
 
 class RegionStats(NamedTuple):
@@ -184,7 +185,7 @@ def _per_axis(value, axes: int, number: type) -> list:
 def _register(op: str, extra: int) -> None:
     """Fake and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
     OPTIONS."""
-    backward_op = getattr(torch.ops.dynplan, f"_{op}_backward").default
+    backward_op = find_op(f"_{op}_backward")
 
     def fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest):
         kernel_size, stride, merge, agreement = rest[extra], rest[extra + 1], rest[extra + 5], rest[-1]

@@ -110,6 +110,19 @@ def test_nan_is_not_hidden():
         assert region_cross_entropy(input, target, merge=merge).isnan()
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@pytest.mark.parametrize("kernel_size", [3, 5, (3, 7), 9])
+def test_logits_of_ignored_pixels_reach_nothing(garbage, kernel_size):
+    input, target = case(20, 45, dtype=torch.float32)
+    assert (target == -100).any()
+    void = (target == -100)[:, None].expand_as(input)
+    clean = value_and_grad(region_cross_entropy, input.masked_fill(void, 0), target, kernel_size=kernel_size)
+    value, gradient = value_and_grad(
+        region_cross_entropy, input.masked_fill(void, garbage), target, kernel_size=kernel_size
+    )
+    assert torch.equal(value, clean[0]) and torch.equal(gradient, clean[1])
+
+
 # Properties of the formulas.
 
 
