@@ -152,7 +152,10 @@ def bench(shape: str, label_kind: str, arguments) -> list[dict]:
         rows.append(
             row | {"dtype": arguments.dtype, "extra_bytes": extra, "floor_bytes": floor} | timing._asdict()
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 130
+    console.print(table)
     return rows
 
 

@@ -64,7 +64,6 @@ class BlockWindows {
   struct Tap {
     int64_t label, value;
     T weight;
-    int side;  // column offset + radius; -1 in the centre's row and column
   };
   // A vector of centres that does not take all columns: its place in its row, and its taps.
   struct Cut {
@@ -143,19 +142,22 @@ class BlockWindows {
   std::unique_ptr<Tap[]> extra_;
 
  private:
-  // The taps of a vector of centres that it does not take with its columns. (Without branches: most are few
-  // and far between.)
+  // The taps of a vector of centres that it does not take with its columns: only columns that some lanes do
+  // not take have any. (Kept without branches: most are few and far between.)
   void find_taps(int64_t i, int64_t column, M own, const M* sides) {
     const Int* labels = labels_.data + column;
+    const int64_t width = 2 * p_.radius[2] + 1;
     int64_t extra = extra_count_;
-    for (int64_t t = 0; t < tap_count_[i]; ++t) {
-      const Tap& tap = taps_[i][t];
-      if (nested_ && tap.side < 0) continue;
-      M missed = S::load(labels + tap.label) == own;
-      if (nested_) missed &= ~sides[tap.side];
-      agree_[extra] = missed;
-      extra_[extra] = tap;
-      extra += S::bits(missed) != 0;
+    for (int64_t k = 0; k < width; ++k) {
+      const M taken = nested_ ? sides[k] : M{};
+      if (S::all(taken | (own < 0))) continue;
+      for (int64_t t = k; t < tap_count_[i]; t += width) {
+        const Tap& tap = taps_[i][t];
+        const M missed = (S::load(labels + tap.label) == own) & ~taken;
+        agree_[extra] = missed;
+        extra_[extra] = tap;
+        extra += S::bits(missed) != 0;
+      }
     }
     extra_count_ = extra;
   }
@@ -181,11 +183,9 @@ class BlockWindows {
       const Row row = row_at(z, y);
       const int r = p_.radius[2];
       const double rows = least(p_.axis_weight[0][std::abs(z - d)], p_.axis_weight[1][std::abs(y - h)]);
-      const bool own = z == d && y == h;
       for (int x = -r; x <= r; ++x)
         taps_[i][taps++] = {row.label + x, row.value + x,
-                            static_cast<T>(least(rows, p_.axis_weight[2][std::abs(x)])),
-                            own || x == 0 ? -1 : x + r};
+                            static_cast<T>(least(rows, p_.axis_weight[2][std::abs(x)]))};
     });
     tap_count_[i] = taps;
   }
