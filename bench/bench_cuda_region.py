@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dynplan.benchmarking import append_history, environment, interleave
+from dynplan.benchmarking import append_history, environment, interleave, recorded
 from dynplan.ops import region_cross_entropy
 from dynplan.reference import region_cross_entropy as reference
 
@@ -36,7 +36,7 @@ def labels_of(kind: str, shape: tuple[int, ...]) -> Tensor:
     return coarse.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :height, :width].contiguous()
 
 
-def recorded(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Callable[[], None]:
+def both_ways(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Callable[[], None]:
     """Forward and backward as one CUDA graph: device time without Python's."""
     leaf = logits.clone().requires_grad_()
 
@@ -44,15 +44,7 @@ def recorded(loss: Callable[[Tensor], Tensor], logits: Tensor) -> Callable[[], N
         leaf.grad = None
         loss(leaf).backward()
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    return recorded(step)
 
 
 def check(kernel_size: int) -> None:
@@ -93,10 +85,10 @@ def main() -> None:
             for kind in ("scene", "noise"):
                 shape = SHAPES[name]
                 logits, target = torch.randn(shape, device="cuda", dtype=dtype), labels_of(kind, shape)
-                forms = {"cross-entropy": recorded(lambda x, t=target: F.cross_entropy(x, t), logits)}
+                forms = {"cross-entropy": both_ways(lambda x, t=target: F.cross_entropy(x, t), logits)}
                 for k in (3, 5, 7):
                     loss = lambda x, t=target, k=k: region_cross_entropy(x, t, kernel_size=k)  # noqa: E731
-                    forms[f"region {k}"] = recorded(loss, logits)
+                    forms[f"region {k}"] = both_ways(loss, logits)
                 timings = interleave(forms, options.rounds, warmup=3)
                 pixels = target.numel()
                 floor = (3 * logits.nbytes + 2 * target.nbytes + 16 * pixels) / bandwidth

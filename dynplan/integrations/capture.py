@@ -48,7 +48,7 @@ class CapturedModel:
     """See :func:`capture`. Results are copies: the next call does not overwrite them.
 
     Calls from several threads or streams take turns. Weights that change in place, are loaded or moved are
-    taken up at the next call.
+    taken up at the next call. Autocast round a call changes nothing: the graph runs in the weights' own type.
 
     Attributes:
         model: the swapped model; set ``model.dynplan.policy`` and ``model.dynplan.budget`` as ever.
@@ -228,7 +228,9 @@ class CapturedModel:
         before = controller.policy
         controller.policy = policy
         try:
-            return self.model(**self._inputs), controller.last_plan
+            # Autocast would leave the graph reading copies of weights that go when the caller's context ends.
+            with torch.autocast(self._device.type, enabled=False):
+                return self.model(**self._inputs), controller.last_plan
         finally:
             controller.policy = before
 

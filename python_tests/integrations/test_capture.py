@@ -186,6 +186,17 @@ def test_graphs_do_not_pile_up(device):
     assert len(captured._graphs) == capturing._MAX_GRAPHS
 
 
+def test_autocast_changes_nothing(device):
+    model = swapped(device)
+    captured = dynplan.capture(model, 6, 12)
+    inputs = to(device, batch())
+    wanted = captured(**inputs).logits
+    with torch.autocast(device, torch.bfloat16):
+        model.dynplan.policy = PlannerPolicy(UpfrontPlanner(32, 4, 8))  # a graph of its own
+        ours = captured(**inputs).logits
+    assert ours.dtype == wanted.dtype and torch.equal(ours, wanted)
+
+
 def test_results_are_copies(device):
     captured = dynplan.capture(swapped(device), 6, 12)
     first = captured(**to(device, batch())).logits
