@@ -105,7 +105,8 @@ class Pool : public BlockWindows<T> {
   }
 
  private:
-  static constexpr int64_t kWidth = kRegionSegment + 4 * kLanes;
+  // A segment, its halo, and what alignment adds at both ends.
+  static constexpr int64_t kWidth = kRegionSegment + 2 * (kRegionMaxRadius + 1) + 2 * kLanes;
   static constexpr int64_t kColumns = kRegionStrip * (kRegionMaxRadius + 1) * kWidth;
   static constexpr int kMaxStripRadius = 3;
 

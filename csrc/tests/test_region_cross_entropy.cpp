@@ -132,6 +132,8 @@ int main() {
   volume.stride[0] = 2;
   cases.push_back(volume);
   cases.push_back(Case{.batch = 1, .classes = 2, .size = {1, 110, 150}});  // several units of work
+  for (int radius : {3, 5, 7})                                             // several segments of work
+    cases.push_back(Case{.batch = 1, .classes = 2, .size = {1, 13, 230}, .radius = {0, radius, radius}});
   cases.push_back(Case{.size = {1, 1, 1}, .radius = {0, 7, 7}});
   cases.push_back(Case{.batch = 0});
 
