@@ -101,6 +101,11 @@ def test_images_larger_than_one_unit_of_work(space, merge):
     assert_like_reference(input, target, merge=merge, kernel_size=5)
 
 
+def test_largest_window_over_several_segments_of_work():
+    input, target = case(10, 250, classes=3, batch=1)
+    assert_like_reference(input, target, kernel_size=15)
+
+
 # F.cross_entropy is kernel_size=1, p=1.
 
 
