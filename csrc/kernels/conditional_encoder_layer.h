@@ -14,9 +14,8 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
-#include <string_view>
 
+#include "kernels/activation.h"
 #include "kernels/cpu_isa.h"
 #include "kernels/encoder/flow.h"
 #include "kernels/encoder/packed_weights.h"
@@ -25,18 +24,6 @@
 #include "kernels/parallel.h"
 
 namespace dynplan::kernels {
-
-enum class Activation { gelu, gelu_tanh, relu, silu };
-
-// By the names of Hugging Face configurations.
-constexpr const char* kActivationNames = "gelu, gelu_new, gelu_pytorch_tanh, relu, silu";
-inline std::optional<Activation> activation_of(std::string_view name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_new" || name == "gelu_pytorch_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  if (name == "silu") return Activation::silu;
-  return std::nullopt;
-}
 
 // How hidden states are stored. Arithmetic is float32 either way.
 enum class RowType { float32, bfloat16 };

@@ -20,7 +20,7 @@
 
 #include <string_view>
 
-#include "kernels/conditional_encoder_layer.h"
+#include "kernels/activation.h"
 
 namespace dynplan {
 
