@@ -24,6 +24,7 @@ struct Simd {
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef T V __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
   typedef Int M __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
+  typedef std::make_unsigned_t<Int> U __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
   static constexpr int lanes = DYNPLAN_VECTOR_BYTES / sizeof(T);
 
   DYNPLAN_INLINE static V load(const T* p) {
@@ -86,7 +87,9 @@ struct Simd {
       const V low = r * 0.16666521f + 0.49999994f,
               high = r2 * 1.3814594e-3f + (r * 8.368719e-3f + 4.166839e-2f);
       const V y = (high * r2 + low) * r2 + (r + 1.f);
-      return unmasked(x < -87.3f, std::bit_cast<V>(std::bit_cast<M>(y) + (std::bit_cast<M>(shifted) << 23)));
+      // Unsigned, for lanes that are out of range overflow before they are put to 0.
+      const U power = std::bit_cast<U>(shifted) << 23;
+      return unmasked(x < -87.3f, std::bit_cast<V>(std::bit_cast<U>(y) + power));
     }
   }
 
