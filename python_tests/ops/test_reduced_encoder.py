@@ -1,10 +1,12 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.test_conditional_encoder_layer import ACTIVATIONS, cast, draw_inputs
@@ -86,14 +88,8 @@ def test_near_full_precision(dtype, share, activation):
 def test_bits_depend_on_no_thread(dtype):
     for lengths in ([5, 40, 1, 33, 64, 20, 90, 81], [20, 17]):  # many rows and few
         hidden, _, dispatch, weights = draw_inputs(lengths, 48, 96, 3, 6)
-        packed, threads = pack(weights, dtype), torch.get_num_threads()
-        try:
-            results = []
-            for count in (1, 2, 3, 2):
-                torch.set_num_threads(count)
-                results.append(conditional_encoder(hidden, dispatch, None, 4, packed_weights=packed))
-        finally:
-            torch.set_num_threads(threads)
+        run = partial(conditional_encoder, hidden, dispatch, None, 4, packed_weights=pack(weights, dtype))
+        results = on_threads((1, 2, 3, 2), run)
         assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -233,14 +234,9 @@ def test_every_output_element_is_written(merge):
 @pytest.mark.parametrize("merge", ["logits", "probs"])
 def test_bits_depend_on_neither_run_nor_threads(merge):
     input, target = case(160, 90, classes=7, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 1, 3):
-            torch.set_num_threads(count)
-            results.append(value_and_grad(region_cross_entropy, input, target, merge=merge))
-    finally:
-        torch.set_num_threads(threads)
+    results = on_threads(
+        (1, 2, 1, 3), lambda: value_and_grad(region_cross_entropy, input, target, merge=merge)
+    )
     assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close_to_exact
+from helpers import assert_close_to_exact, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_region_cross_entropy import case, value_and_grad
@@ -71,14 +71,7 @@ def test_full_resolution_logits_never_exist():
 
 def test_bits_do_not_depend_on_threads():
     input, target = case(48, 30, classes=5, dtype=torch.float32)[0], case(190, 121)[1]
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(value_and_grad(region_cross_entropy_upsampled, input, target))
-    finally:
-        torch.set_num_threads(threads)
+    results = on_threads((1, 2, 3), lambda: value_and_grad(region_cross_entropy_upsampled, input, target))
     assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
 
 
