@@ -1,7 +1,8 @@
 """Planned encoders on a GPU beside every form a user would otherwise run: one table a case, one run.
 
-    python bench/bench_cuda_dispatch.py             everything (BERT-base and the 12-layer small encoder)
-    python bench/bench_cuda_dispatch.py --quick     batches 8 and 128, sentences, without torch.compile
+    python bench/bench_cuda_dispatch.py                everything (BERT-base and the 12-layer small encoder)
+    python bench/bench_cuda_dispatch.py --no-compile   without torch.compile, which takes most of the time
+    python bench/bench_cuda_dispatch.py --quick        of that batches 8 and 128, lengths up to 128
 
 Weights are random, shapes are real, numbers bf16. Every form is checked against Hugging Face's model, or
 against the naive form at the same plan, before it is timed; dynplan's forms are CUDA graphs. ``of ideal`` is
@@ -14,10 +15,10 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bars import Bar, report
 from cuda_rivals import Form, compiled, naive, padded, unpadded
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,13 @@ from transformers import BertConfig, BertModel
 import dynplan
 from dynplan.benchmarking import Timing, append_history, environment, interleave, recorded
 from dynplan.integrations.capture import CapturedModel
-from dynplan.ops import EncoderLayerWeights, build_dispatch, conditional_encoder_layer, pack_encoder_weights
+from dynplan.ops import (
+    EncoderLayerWeights,
+    build_dispatch,
+    conditional_encoder,
+    conditional_encoder_layer,
+    pack_encoder_weights,
+)
 from dynplan.policies import FixedPath, KeepAll
 
 DEVICE = torch.device("cuda")
@@ -47,33 +54,6 @@ SST2 = (4, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 24, 25, 26
 # bf16 through 12 layers, two ways: what the outputs of unit scale may differ by.
 TOLERANCE = 0.15
 ENOUGH_TOKENS = 4096  # from here on a share of the layers is to cost that share of the time
-
-
-class Bar(NamedTuple):
-    """Something hoped of an H200.
-
-    Attributes:
-        name: what is measured.
-        value: the worst of the run's cases; None: no case of this run measures it.
-        bound: how much it may be at most, or must be at least.
-        least: whether ``bound`` is a least value.
-    """
-
-    name: str
-    value: float | None
-    bound: float
-    least: bool = False
-
-    @property
-    def verdict(self) -> str:
-        if self.value is None:
-            return "not measured"
-        return "PASS" if (self.value >= self.bound if self.least else self.value <= self.bound) else "FAIL"
-
-    def __str__(self) -> str:
-        value = "-" if self.value is None else f"{self.value:.2f}"
-        side = "at least" if self.least else "at most"
-        return f"{self.verdict:12}  {self.name}: {value} ({side} {self.bound})"
 
 
 def lengths_of(kind: str, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -190,27 +170,49 @@ def dispatch_seconds(rounds: int) -> float:
     return interleave({"build_dispatch": many}, rounds)["build_dispatch"].p50 / 50
 
 
+def draw(*shape: int) -> Tensor:
+    """Random, of unit scale after a product over the last dimension."""
+    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) / shape[-1] ** 0.5
+
+
+def layer_weights(model_name: str) -> EncoderLayerWeights:
+    """One layer's weights of a model's size."""
+    width, inner = MODELS[model_name]["hidden_size"], MODELS[model_name]["intermediate_size"]
+    attention = [draw(3 * width, width), draw(3 * width), draw(width, width), draw(width)]
+    feed_forward = [draw(inner, width), draw(inner), draw(width, inner), draw(width)]
+    norm = [torch.ones_like(attention[3]), torch.zeros_like(attention[3])]
+    return EncoderLayerWeights(*attention, *norm, *feed_forward, *norm)
+
+
+def empty_layer_seconds(rounds: int) -> float:
+    """A layer of BERT-base's size that no sample takes, of 128 samples of 128 tokens, in a graph."""
+    blob, heads = pack_encoder_weights(layer_weights("bert-base")), MODELS["bert-base"]["num_attention_heads"]
+    offsets = torch.arange(0, 129 * 128, 128, dtype=torch.int32, device=DEVICE)
+    rows = draw(128 * 128, MODELS["bert-base"]["hidden_size"])
+    nobody = torch.zeros(128, LAYERS, dtype=torch.bool, device=DEVICE)
+
+    def stack(layers: int) -> Form:
+        dispatch = build_dispatch(nobody[:, :layers], offsets, len(rows))
+        blobs = [blob] * layers
+        return recorded(lambda: conditional_encoder(rows, dispatch, None, heads, packed_weights=blobs))
+
+    # The copy of the rows is in both, and goes with the first layer.
+    timings = interleave({"all": stack(LAYERS), "one": stack(1)}, rounds, warmup=3)
+    return (timings["all"].p50 - timings["one"].p50) / (LAYERS - 1)
+
+
 def product_rate(model_name: str) -> float | None:
     """Rate of a layer's four products on 4,096 rows over that of the same products through ``F.linear``.
 
     Both by the profiler's kernel times, since no op is a product alone. Ours gather, add bias and activate on
     the way. None: the profiler sees no kernels here.
     """
-    width, inner = MODELS[model_name]["hidden_size"], MODELS[model_name]["intermediate_size"]
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) / shape[-1] ** 0.5
-
-    attention = [draw(3 * width, width), draw(3 * width), draw(width, width), draw(width)]
-    feed_forward = [draw(inner, width), draw(inner), draw(width, inner), draw(width)]
-    norm = [torch.ones_like(attention[3]), torch.zeros_like(attention[3])]
-    weights = EncoderLayerWeights(*attention, *norm, *feed_forward, *norm)
-    blob = pack_encoder_weights(weights)
-    rows, up = draw(ENOUGH_TOKENS, width), draw(ENOUGH_TOKENS, inner)
+    weights, sizes = layer_weights(model_name), MODELS[model_name]
+    blob, heads = pack_encoder_weights(weights), sizes["num_attention_heads"]
+    rows, up = draw(ENOUGH_TOKENS, sizes["hidden_size"]), draw(ENOUGH_TOKENS, sizes["intermediate_size"])
     offsets = torch.arange(0, ENOUGH_TOKENS + 1, 64, dtype=torch.int32, device=DEVICE)
     everybody = torch.ones(len(offsets) - 1, dtype=torch.bool, device=DEVICE)
     dispatch = build_dispatch(everybody, offsets, ENOUGH_TOKENS)
-    heads = MODELS[model_name]["num_attention_heads"]
 
     def ours() -> None:
         conditional_encoder_layer(rows, dispatch, None, heads, packed_weights=blob)
@@ -262,6 +264,7 @@ def bars_of(measured: list[tuple[Case, dict[str, Timing]]], rounds: int) -> list
         ),
         Bar("a quarter of the layers, likewise", worst("dynplan 0.25", "dynplan 1.0", many), 0.32),
         Bar("build_dispatch of 12 layers at batch 128, in us", 1e6 * dispatch_seconds(rounds), 12),
+        Bar("a layer that no sample takes, at batch 128, in us", 1e6 * empty_layer_seconds(rounds), 14),
         Bar(
             "keep-all at batch 128 on SST-2's lengths, of Hugging Face padded in a graph",
             worst("dynplan 1.0", "hf sdpa graph", sentences),
@@ -280,7 +283,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for model_name in options.models:
         for kind in options.lengths:
             for batch_size in options.batches:
-                yield Case(model_name, batch_size, kind, not options.quick)
+                yield Case(model_name, batch_size, kind, options.compile)
 
 
 def rows_of(case: Case, timings: dict[str, Timing]) -> list[dict]:
@@ -312,13 +315,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="batches 8 and 128, sentences, not compiled")
+    parser.add_argument("--quick", action="store_true", help="batches 8 and 128, not 512, not compiled")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--history", type=Path, default=Path(__file__).with_name("history") / "cuda.jsonl")
     options = parser.parse_args(arguments)
+    options.compile &= not options.quick
     options.batches = options.batches or ([8, 128] if options.quick else list(BATCHES))
     options.lengths = options.lengths or (["sst2", "64-128"] if options.quick else list(LENGTHS))
     if DEVICE.type == "cuda" and not torch.cuda.is_available():
@@ -334,12 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             console.print(table_of(case, timings))
         bars = bars_of(measured, options.rounds)
     console.print(break_even_table(measured))
-    here = {"op": "cuda_dispatch_bar"} | environment(DEVICE.type)
-    append_history(options.history, [here | bar._asdict() | {"verdict": bar.verdict} for bar in bars])
-    for bar in bars:
-        print(bar)
-    met = sum(bar.verdict == "PASS" for bar in bars)
-    print(f"{met} of {len(bars)} bars met")
+    report("cuda_dispatch_bar", bars, options.history, DEVICE.type)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""bench_cuda_dispatch.py and the GPU session's scripts where there is no GPU; tiny sizes."""
+"""The GPU benches and the GPU session's scripts where there is no GPU; tiny sizes."""
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
 from integrations.test_capture import RerunGraph
+from PIL import Image
 
 from dynplan.benchmarking import Timing
 from dynplan.integrations import capture as capturing
@@ -17,7 +19,9 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 import bench_cuda_dispatch as bench
+import bench_cuda_region as region
 import gpu_kernels
+from bars import Bar
 
 
 def attend(query, key, value, offsets, *_):
@@ -50,14 +54,14 @@ def test_dispatch_bench_from_start_to_end(on_cpu, tmp_path, capsys, extra):
     bench.main([*extra, *arguments])
     printed = capsys.readouterr().out
     assert "bert-base 2x64-128" in printed and "break-even" in printed
-    assert printed.splitlines()[-1].endswith("of 5 bars met")
+    assert printed.splitlines()[-1].endswith("of 6 bars met")
     assert "not measured  keep-all at batch 128" in printed
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     forms = {row["impl"] for row in rows if row["op"] == "cuda_dispatch"}
     shared = {"hf sdpa", "hf sdpa graph", "unpadded", "unpadded graph", "dynplan 0.0"}
     shares = {f"{kind} {share}" for kind in ("naive", "dynplan") for share in bench.SHARES}
     assert forms == shared | shares | (set() if "--quick" in extra else {"hf compiled"})
-    assert len([row for row in rows if row["op"] == "cuda_dispatch_bar"]) == 5
+    assert len([row for row in rows if row["op"] == "cuda_dispatch_bar"]) == 6
 
 
 def test_a_wrong_result_is_not_timed(on_cpu, tmp_path, monkeypatch):
@@ -78,11 +82,50 @@ def test_break_even_lies_where_the_times_meet():
     assert bench.break_even(timings(0.5, 8, 6, 4, 2, 1), "rival") is None
 
 
+@pytest.fixture
+def region_on_cpu(monkeypatch, one_thread):
+    monkeypatch.setattr(region, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(region, "recorded", lambda call: call)
+    monkeypatch.setattr(region, "COPY_BYTES", 1 << 16)
+    monkeypatch.setitem(region.SHAPES, "cityscapes", (1, 3, 20, 40))
+
+
+def test_region_bench_from_start_to_end(region_on_cpu, tmp_path, capsys):
+    history, picture = tmp_path / "history.jsonl", tmp_path / "labels.png"
+    Image.fromarray((np.arange(80 * 50).reshape(50, 80) // 1000 * 40).astype(np.uint8)).save(picture)
+    region.main(["--shapes", "cityscapes", "--rounds", "1", "--map", str(picture), "--history", str(history)])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].endswith("of 4 bars met")
+    assert "PASS          cityscapes, region 5, float32, in us" in printed.replace("FAIL", "PASS")
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    timed = [row for row in rows if row["op"] == "region_cross_entropy"]
+    assert {row["shape"] for row in timed} == {f"cityscapes {kind}" for kind in ("scene", "noise", "map")}
+    assert {row["impl"] for row in timed} == {"cross-entropy", "region 3", "region 5", "region 7"}
+    assert len(timed) == 3 * 2 * 4 and len(rows) == len(timed) + 4
+
+
+def test_label_map_keeps_regions(region_on_cpu, tmp_path):
+    values = np.repeat(np.array([[7, 200], [7, 90]], np.uint8), 8, 0).repeat(8, 1)
+    Image.fromarray(values).save(tmp_path / "labels.png")
+    found = region.label_map(tmp_path / "labels.png", (2, 5, 4, 8))
+    wanted = torch.tensor([[0, 2], [0, 1]]).repeat_interleave(2, 0).repeat_interleave(4, 1)
+    assert torch.equal(found, wanted.expand(2, -1, -1))
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colours.png")
+    with pytest.raises(SystemExit, match="--map: expected grey values or a palette, got mode RGB"):
+        region.label_map(tmp_path / "colours.png", (2, 5, 4, 8))
+
+
+def test_a_wrong_region_loss_is_not_timed(region_on_cpu, monkeypatch):
+    monkeypatch.setattr(region, "region_cross_entropy", lambda *_, **__: torch.ones((), requires_grad=True))
+    with pytest.raises(AssertionError):
+        region.main(["--shapes", "cityscapes"])
+
+
 def test_bars_tell_met_from_missed():
-    assert bench.Bar("share", 0.56, 0.56).verdict == "PASS"
-    assert bench.Bar("share", 0.57, 0.56).verdict == "FAIL"
-    assert bench.Bar("rate", 0.71, 0.7, least=True).verdict == "PASS"
-    assert bench.Bar("rate", None, 0.7, least=True).verdict == "not measured"
+    assert Bar("share", 0.56, 0.56).verdict == "PASS"
+    assert Bar("share", 0.57, 0.56).verdict == "FAIL"
+    assert Bar("rate", 0.71, 0.7, least=True).verdict == "PASS"
+    assert Bar("rate", None, 0.7, least=True).verdict == "not measured"
 
 
 def test_plans_have_their_share():
@@ -96,10 +139,11 @@ def test_plans_have_their_share():
         assert lengths.min() >= low and lengths.max() <= high
 
 
-def test_without_a_gpu_it_says_so(monkeypatch):
+@pytest.mark.parametrize("which", [bench, region], ids=lambda module: module.__name__)
+def test_without_a_gpu_it_says_so(monkeypatch, which):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="bench_cuda_dispatch: expected a CUDA device"):
-        bench.main(["--quick"])
+    with pytest.raises(SystemExit, match=f"{which.__name__}: expected a CUDA device"):
+        which.main([])
 
 
 def test_every_kernel_of_the_sanitizer_run(monkeypatch, capsys):

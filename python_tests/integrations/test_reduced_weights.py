@@ -101,6 +101,7 @@ def test_gradients_are_refused():
         model(**batch())
 
 
+@pytest.mark.demo
 @pytest.mark.parametrize(("weights", "share"), [("int8", 0.12), ("bfloat16", 0.02)])
 @torch.no_grad()
 def test_real_weights(minilm, weights, share):  # noqa: F811

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import requires_cuda
 from transformers import AutoTokenizer, TrainerCallback
 
 import dynplan
@@ -80,6 +81,22 @@ def test_evaluation_rows(tuned, rows):
         assert row.sample_layers <= (row.budget or 1) + 1e-6 and row.token_layers <= (row.budget or 1) + 1e-6
         assert set(row.latency_ms) == {"1", "32"} and min(row.latency_ms.values()) > 0
     assert model.dynplan.planner is not None
+
+
+@pytest.mark.cuda
+@requires_cuda
+@pytest.mark.parametrize("planner", ["upfront", "stepwise"])
+def test_recipe_on_cuda(tiny_model, rows, tmp_path, planner):
+    recipe = replace(QUICK, robust_epochs=1, planner=planner)
+    folder = tmp_path / "out"
+    model = finetune(tiny_model, rows, folder, recipe=recipe, progress=False)
+    assert next(model.parameters()).is_cuda and next(model.dynplan.planner.parameters()).is_cuda
+    task, _, static = load_run(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dataset = encode_rows(rows, task, tokenizer, 16)
+    plain = plain_model(folder).cuda()
+    found = evaluate(model, plain, static, dataset, task, tokenizer, (0.5,), seconds=0.01, progress=False)
+    assert all(row.token_layers <= (row.budget or 1) + 1e-6 for row in found)
 
 
 def test_a_fresh_process_predicts_the_same(tuned, rows):

@@ -1,0 +1,102 @@
+"""No forward of a swapped model reads a value from its device: shown without one, on tensors that hold none.
+
+A meta tensor has a device that is not the CPU and no numbers: whatever asks for one raises, be it ``item``,
+``tolist``, ``nonzero`` or a copy to the CPU. Copies the other way must not wait either. The ops answer with
+their fakes, so what is tested is everything round them; ``test_capture.py`` has the same on CUDA, kernels
+included.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from integrations.models import batch, tiny
+from integrations.test_capture import RerunGraph, policies
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dynplan
+from dynplan.integrations import capture as capturing
+from dynplan.integrations import encoder as planned
+from dynplan.policies import Policy, RandomPath
+
+
+class Copies(TorchDispatchMode):
+    """Notes what is copied between the CPU and the device so that the host has to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            places = {value.device.type for value in (result, *args) if isinstance(value, Tensor)}
+            hurries = (kwargs or {}).get("non_blocking") or (len(args) > 2 and args[2])
+            if len(places) > 1 and not hurries:
+                self.waiting.append((str(function), args, kwargs))
+        return result
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """Swapped models on meta take CUDA's way; their packed weights are never read there."""
+    monkeypatch.setitem(planned.FUSED_DTYPES, "meta", planned.FUSED_DTYPES["cuda"])
+    blob = torch.empty(4 * 32 * 32 + 9 * 32 + 64 * 65, device="meta")
+    monkeypatch.setattr(planned.PlannedEncoder, "packed", lambda self: [blob] * len(self.layers))
+    return torch.device("meta")
+
+
+def random_path():
+    policy = RandomPath(0.5)
+    policy._generators[torch.device("meta")] = torch.Generator()  # meta has none of its own
+    return policy
+
+
+def on(device, inputs):
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("policy", [*policies(), random_path()], ids=lambda policy: type(policy).__name__)
+def test_forward(meta, policy):
+    model, inputs = dynplan.swap(tiny(), policy).to(meta), on(meta, batch())
+    with torch.no_grad():
+        model(**inputs)  # moves the planner
+        with Copies() as copies:
+            logits = model(**inputs).logits
+    assert logits.is_meta and logits.shape == (5, 3)
+    assert not copies.waiting
+
+
+def test_a_read_would_be_noticed(meta):
+    class Reads(Policy):
+        def plan(self, request):
+            return (
+                torch.ones(request.batch_size, request.num_layers, device=meta) > request.hidden.sum().item()
+            )
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="meta"):
+        dynplan.swap(tiny(), Reads()).to(meta)(**on(meta, batch()))
+
+
+def test_a_copy_that_waits_would_be_noticed(meta):
+    with Copies() as copies:
+        torch.ones(3).to(meta)
+        torch.ones(3).to(meta, non_blocking=True)
+    assert len(copies.waiting) == 1
+
+
+@torch.no_grad()
+def test_captured_calls(meta, monkeypatch):
+    monkeypatch.setattr(capturing, "_why_not", lambda device: None)
+    monkeypatch.setattr(capturing, "Graph", RerunGraph)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta
+    model = dynplan.swap(tiny()).to(meta)
+    captured = dynplan.capture(model, 6, 12)
+    for policy in policies():
+        model.dynplan.policy = policy
+        captured(**batch())
+        with Copies() as copies:
+            output = captured(**batch())
+        assert output.logits.is_meta and output.logits.shape == (5, 3)
+        assert not copies.waiting
