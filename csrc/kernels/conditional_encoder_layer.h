@@ -83,30 +83,12 @@ struct Sharing {
   const Team* team;
 };
 
-namespace baseline {
-void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel);
-}
-#if defined(__x86_64__)
-namespace avx2 {
-void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel);
-}
-namespace avx512 {
-void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel);
-}
-#endif
+DYNPLAN_PER_ISA(void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing,
+                                         Parallel parallel))
 
 inline void conditional_encoder(const ConditionalEncoderParams& p, Sharing sharing, Parallel parallel,
                                 CpuIsa isa) {
-  switch (isa) {
-#if defined(__x86_64__)
-    case CpuIsa::avx512:
-      return avx512::conditional_encoder(p, sharing, parallel);
-    case CpuIsa::avx2:
-      return avx2::conditional_encoder(p, sharing, parallel);
-#endif
-    default:
-      return baseline::conditional_encoder(p, sharing, parallel);
-  }
+  DYNPLAN_ON_ISA(isa, conditional_encoder(p, sharing, parallel));
 }
 
 inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel,

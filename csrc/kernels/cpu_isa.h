@@ -5,6 +5,37 @@
 #include <stdexcept>
 #include <string>
 
+// Declares a function of the hot kernels, once per instruction set, each in a namespace of its own.
+#if defined(__x86_64__)
+#define DYNPLAN_PER_ISA(...)       \
+  namespace baseline {             \
+  __VA_ARGS__;                     \
+  }                                \
+  namespace avx2 {                 \
+  __VA_ARGS__;                     \
+  }                                \
+  namespace avx512 {               \
+  __VA_ARGS__;                     \
+  }
+#else
+#define DYNPLAN_PER_ISA(...) \
+  namespace baseline {       \
+  __VA_ARGS__;               \
+  }
+#endif
+
+// Returns what the call gives in the namespace of `isa`.
+#if defined(__x86_64__)
+#define DYNPLAN_ON_ISA(isa, ...)                                \
+  do {                                                          \
+    if ((isa) == CpuIsa::avx512) return avx512::__VA_ARGS__;    \
+    if ((isa) == CpuIsa::avx2) return avx2::__VA_ARGS__;        \
+    return baseline::__VA_ARGS__;                               \
+  } while (false)
+#else
+#define DYNPLAN_ON_ISA(isa, ...) return baseline::__VA_ARGS__
+#endif
+
 namespace dynplan::kernels {
 
 enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2 };

@@ -168,30 +168,12 @@ constexpr int64_t reduced_workspace_floats(int64_t active, int64_t hidden_size, 
 }
 
 // As conditional_encoder, on blobs of pack_reduced_weights; `p.workspace` holds reduced_workspace_floats().
-namespace baseline {
-void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, Parallel parallel);
-}
-#if defined(__x86_64__)
-namespace avx2 {
-void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, Parallel parallel);
-}
-namespace avx512 {
-void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, Parallel parallel);
-}
-#endif
+DYNPLAN_PER_ISA(void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product,
+                                     Parallel parallel))
 
 inline void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, Parallel parallel,
                             CpuIsa isa = cpu_isa()) {
-  switch (isa) {
-#if defined(__x86_64__)
-    case CpuIsa::avx512:
-      return avx512::reduced_encoder(p, product, parallel);
-    case CpuIsa::avx2:
-      return avx2::reduced_encoder(p, product, parallel);
-#endif
-    default:
-      return baseline::reduced_encoder(p, product, parallel);
-  }
+  DYNPLAN_ON_ISA(isa, reduced_encoder(p, product, parallel));
 }
 
 }  // namespace dynplan::kernels

@@ -15,26 +15,43 @@ namespace {
 class WeightWatch : public torch::CustomClassHolder {
  public:
   explicit WeightWatch(const std::vector<at::Tensor>& tensors) {
+    // A tensor made under inference_mode counts no versions, and never will.
     for (const at::Tensor& tensor : tensors)
-      seen_.push_back({tensor, version(tensor), tensor.const_data_ptr()});
+      seen_.push_back({tensor, !tensor.is_inference(), tensor.is_inference() ? 0 : tensor._version(),
+                       storage(tensor), tensor.storage_offset()});
   }
 
   bool unchanged() const {
-    bool same = true;  // no early way out: the loads of all tensors shall be under way together
-    for (const Seen& seen : seen_)
-      same &= version(seen.tensor) == seen.version && seen.tensor.const_data_ptr() == seen.data;
+    // No early way out, and what comes next is asked for: the loads of many tensors shall be under way
+    // together.
+    bool same = true;
+    for (size_t i = 0; i < seen_.size(); ++i) {
+      if (i + kAhead < seen_.size()) {
+        const char* next = reinterpret_cast<const char*>(seen_[i + kAhead].tensor.unsafeGetTensorImpl());
+        for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) __builtin_prefetch(next + line);
+      }
+      const Seen& seen = seen_[i];
+      same &= (!seen.counts || seen.tensor._version() == seen.version) &&
+              storage(seen.tensor) == seen.storage && seen.tensor.storage_offset() == seen.offset;
+    }
     return same;
   }
 
  private:
+  static constexpr size_t kAhead = 16;
+
   struct Seen {
     at::Tensor tensor;
+    bool counts;
     int64_t version;
-    const void* data;
+    const c10::StorageImpl* storage;
+    int64_t offset;
   };
 
-  // A tensor made under inference_mode counts no versions.
-  static int64_t version(const at::Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
+  // Where a tensor lies, told by the storage rather than by its address: one line of memory less to look at.
+  static const c10::StorageImpl* storage(const at::Tensor& tensor) {
+    return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+  }
 
   std::vector<Seen> seen_;
 };

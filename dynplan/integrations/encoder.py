@@ -8,6 +8,7 @@ counts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ class PlannedEncoder:
                 hidden = conditional_encoder(
                     hidden, dispatch, None, num_heads, activation, eps, packed_weights=packed
                 )
-                return EncoderRun(hidden.to(came), plan, None)
+                return EncoderRun(hidden if hidden.dtype == came else hidden.to(came), plan, None)
         for index, weights in enumerate(packed):
             if policy.stepwise:
                 keep = keep_stepwise(policy, index, request, hidden, plan)
@@ -232,7 +233,7 @@ class _Decisions:
 def plan_upfront(policy: Policy, request: PlanRequest) -> Tensor:
     """The policy's plan, checked."""
     _check_budget_is_heard(policy, request)
-    with torch.no_grad():
+    with _no_grad():
         plan = policy.plan(request)
     _check_decision(policy, "plan", plan, (request.batch_size, request.num_layers), request.device)
     return plan
@@ -242,10 +243,17 @@ def keep_stepwise(policy: Policy, layer: int, request: PlanRequest, hidden: Tens
     """The policy's decision for one layer, checked."""
     if layer == 0:
         _check_budget_is_heard(policy, request)
-    with torch.no_grad():
+    with _no_grad():
         keep = policy.keep(layer, request, hidden, plan)
     _check_decision(policy, "keep", keep, (request.batch_size,), request.device)
     return keep
+
+
+def _no_grad() -> AbstractContextManager:
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING  # no_grad takes microseconds
+
+
+_NOTHING = nullcontext()
 
 
 def check_gates(gates: Any, request: PlanRequest, steps: bool = False) -> Tensor:
@@ -272,7 +280,6 @@ def _check_budget_is_heard(policy: Policy, request: PlanRequest) -> None:
 def _check_decision(
     policy: Policy, method: str, value: Any, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    expected = f"a bool tensor of shape {shape} on {device}"
     if (
         not isinstance(value, Tensor)
         or value.dtype != torch.bool
@@ -284,7 +291,10 @@ def _check_decision(
             if isinstance(value, Tensor)
             else type(value).__name__
         )
-        raise ValueError(f"{type(policy).__name__}.{method}: expected {expected}, got {got}")
+        raise ValueError(
+            f"{type(policy).__name__}.{method}: expected a bool tensor of shape {shape} on {device}, "
+            f"got {got}"
+        )
 
 
 def _taken(keep: Tensor, gate: Tensor | None) -> Tensor:

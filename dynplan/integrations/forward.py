@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
+    ModelOutput,
 )
 
 from dynplan.integrations.controller import Controller
 from dynplan.integrations.embeddings import PlainEmbeddings
-from dynplan.ops import pack, unpack
+from dynplan.ops import Packed, pack, unpack
 from dynplan.policies import PlanRequest
 
 # Arguments that change nothing in an encoder's forward: the first is a decoder's, the second belongs to
@@ -78,12 +81,14 @@ class SwappedForward:
                     f"dynplan: expected no argument {name}, got one; call dynplan.unswap(model) to use it"
                 )
         config = self.encoder.config
-        if config.output_attentions if output_attentions is None else output_attentions:
+        if _setting(config, "output_attentions") if output_attentions is None else output_attentions:
             raise NotImplementedError(
                 "dynplan: expected output_attentions=False, got True; attention is computed in tiles "
                 "that are never written down, and a bypassed sample has none"
             )
-        collect = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        collect = (
+            _setting(config, "output_hidden_states") if output_hidden_states is None else output_hidden_states
+        )
         if not isinstance(collect, bool):
             raise NotImplementedError(f"dynplan: expected output_hidden_states to be a bool, got {collect!r}")
         if (input_ids is None) == (inputs_embeds is None):
@@ -91,16 +96,24 @@ class SwappedForward:
                 "dynplan: expected exactly one of input_ids and inputs_embeds, got both or neither"
             )
 
-        embedded = self._embed(input_ids, token_type_ids, position_ids, inputs_embeds)
-        batch_size, length, width = embedded.shape
-        if attention_mask is None:
+        embedded, packed, attention_mask = self._embed(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, collect
+        )
+        batch_size, length = (embedded if input_ids is None else input_ids).shape[:2]
+        if packed is not None:
+            hidden, indices, cu_seqlens = packed
+        elif attention_mask is None:
             indices = None
-            hidden = embedded.reshape(batch_size * length, width)
+            hidden = embedded.flatten(0, 1)
             steps = torch.arange(batch_size + 1, dtype=torch.int32, device=embedded.device)
             cu_seqlens = steps * length
         else:
-            attention_mask = self._check_mask(attention_mask, batch_size, length)
             hidden, indices, cu_seqlens = pack(embedded, attention_mask)
+        # A GPU's packed rows are always as many as positions; only the device knows how many are tokens.
+        if hidden.is_cpu and hidden.shape[0] == batch_size * length:
+            indices = None
+        elif self.reads_first and attention_mask is not None:
+            self._check_first(attention_mask)
 
         request = PlanRequest(
             batch_size,
@@ -114,26 +127,42 @@ class SwappedForward:
 
         def restore(packed: Tensor) -> Tensor:
             if indices is None:
-                return packed.view(batch_size, length, width)
+                return packed.view(batch_size, length, packed.shape[1])
             return unpack(packed, indices, batch_size, length)
 
         last = restore(result.hidden)
         states = (embedded, *map(restore, result.states[1:-1]), last) if collect else None
-        return self._output(last, states, config.return_dict if return_dict is None else return_dict)
+        return self._output(
+            last, states, _setting(config, "return_dict") if return_dict is None else return_dict
+        )
 
     def _embed(
         self,
         input_ids: Tensor | None,
+        attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-    ) -> Tensor:
-        embeddings = self.encoder.embeddings
+        whole: bool,
+    ) -> tuple[Tensor | None, Packed | None, Tensor | None]:
+        """Embeddings, of every position if ``whole`` or if they come so; those of tokens if they come packed;
+        the mask, checked."""
+        modules = self.encoder._modules  # attribute look-up through nn.Module takes microseconds
+        embeddings, project = modules["embeddings"], modules.get("embeddings_project")
         if self._plain.module is not embeddings:
             self._plain = PlainEmbeddings(embeddings)
+        plain = self._plain.serves(position_ids, inputs_embeds)
+        embedded = packed = None
         try:
-            if self._plain.serves(position_ids, inputs_embeds):
-                embedded = self._plain(input_ids, token_type_ids)
+            batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+            if attention_mask is not None:
+                attention_mask = self._check_mask(attention_mask, batch_size, length)
+            if plain:
+                packed = self._plain(input_ids, None if whole else attention_mask, token_type_ids)
+                if project is not None:
+                    packed = packed._replace(hidden=project(packed.hidden))
+                if whole:
+                    embedded, packed = packed.hidden.view(batch_size, length, packed.hidden.shape[1]), None
             else:
                 embedded = embeddings(
                     input_ids=input_ids,
@@ -141,12 +170,13 @@ class SwappedForward:
                     position_ids=position_ids,
                     inputs_embeds=inputs_embeds,
                 )
-        except (IndexError, RuntimeError) as error:
+                if project is not None:
+                    embedded = project(embedded)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
             # Looked at only now: a check before each forward would cost two passes over the ids.
             self._explain(error, input_ids, token_type_ids, position_ids, inputs_embeds)
             raise
-        project = getattr(self.encoder, "embeddings_project", None)
-        return embedded if project is None else project(embedded)
+        return embedded, packed, attention_mask
 
     def _explain(self, cause: Exception, *inputs: Tensor | None) -> None:
         """Raise an error that names the argument the embeddings choked on, if it is one of the usual ones."""
@@ -198,8 +228,6 @@ class SwappedForward:
             if mask.device.type == "cpu" and not torch.equal(whole.to(mask.dtype), mask):
                 raise ValueError("dynplan: expected attention_mask of 0 and 1, got other values")
             mask = whole
-        if self.reads_first:
-            self._check_first(mask)
         return mask
 
     def _check_first(self, mask: Tensor) -> None:
@@ -216,13 +244,39 @@ class SwappedForward:
                 )
 
     def _output(self, last: Tensor, states: tuple[Tensor, ...] | None, return_dict: bool) -> Any:
-        if hasattr(self.encoder, "pooler"):
-            pooler = self.encoder.pooler
-            output = BaseModelOutputWithPoolingAndCrossAttentions(
-                last_hidden_state=last,
-                pooler_output=None if pooler is None else pooler(last),
-                hidden_states=states,
-            )
+        modules = self.encoder._modules
+        if "pooler" in modules:
+            pooler = modules["pooler"]
+            pooled = None if pooler is None else pooler(last)
+            output = _fill(BaseModelOutputWithPoolingAndCrossAttentions, last, pooled, states)
         else:
-            output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last, hidden_states=states)
+            output = _fill(BaseModelOutputWithPastAndCrossAttentions, last, None, states)
         return output if return_dict else output.to_tuple()
+
+
+def _fill(
+    kind: type[ModelOutput], last: Tensor, pooled: Tensor | None, states: tuple[Tensor, ...] | None
+) -> ModelOutput:
+    """A ``kind`` as its constructor would make it, without the constructor's look at every field: 24 us, and
+    twice that where nothing of it is left in cache."""
+    output = kind.__new__(kind)
+    vars(output).update(_FIELDS[kind])
+    for name, value in (("last_hidden_state", last), ("pooler_output", pooled), ("hidden_states", states)):
+        if value is not None:
+            output[name] = value  # sets the attribute too
+    return output
+
+
+_FIELDS = {
+    kind: dict.fromkeys(field.name for field in fields(kind))
+    for kind in (BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPoolingAndCrossAttentions)
+}
+
+
+def _setting(config: PretrainedConfig, name: str) -> Any:
+    """``getattr(config, name)``, past the configuration's own attribute look-up where that is possible."""
+    own = object.__getattribute__(config, "__dict__")
+    for key in (name, f"_{name}"):
+        if key in own:
+            return own[key]
+    return getattr(config, name)

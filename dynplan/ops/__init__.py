@@ -10,6 +10,7 @@ from dynplan.ops.conditional_encoder_layer import (
     conditional_encoder_layer,
     pack_encoder_weights,
 )
+from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.pack import Packed, pack, unpack
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 from dynplan.ops.region_cross_entropy import RegionStats, region_cross_entropy, region_cross_entropy_stats
@@ -25,6 +26,7 @@ __all__ = [
     "build_dispatch",
     "conditional_encoder",
     "conditional_encoder_layer",
+    "embed_tokens",
     "pack",
     "pack_encoder_weights",
     "pack_reduced_encoder_weights",

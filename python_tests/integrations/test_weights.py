@@ -1,8 +1,11 @@
 """What the check before each forward rests on: entries of dictionaries and tensors that have not changed."""
 
+import copy
+
 import pytest
 import torch
-from integrations.models import tiny
+from helpers import assert_close_to_exact
+from integrations.models import KINDS, tiny
 
 from dynplan import _native
 from dynplan.integrations.embeddings import PlainEmbeddings
@@ -64,24 +67,30 @@ def test_weight_watch_without_versions():
     assert not watch.unchanged()
 
 
-@pytest.mark.parametrize("kind", ["bert", "electra", "roberta"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_plain_embeddings(kind):
     module = tiny(kind, "Model").embeddings
     plain = PlainEmbeddings(module)
-    assert plain.serves(None, None) == (kind != "roberta")
+    assert plain.serves(None, None)
     assert not plain.serves(torch.zeros(1, 1), None)
     assert not plain.serves(None, torch.zeros(1, 1, 1))
-    if kind == "roberta":
-        return
-    ids, types = torch.randint(2, 90, (3, 7)), torch.randint(0, 2, (3, 7))
-    assert torch.equal(plain(ids, None), module(ids))
-    assert torch.equal(plain(ids, types), module(ids, types))
+    ids, types = torch.randint(0, 9, (3, 7)), torch.randint(0, 2, (3, 7))  # some of them padding's
+    exact = copy.deepcopy(module).double()
+    mask = torch.tensor([[1] * 7, [0, 1, 1, 0, 1, 0, 0], [0] * 7])
+    for given in (None, types):
+        theirs, right = module(ids, given), exact(ids, given)
+        assert_close_to_exact(plain(ids, None, given).hidden, theirs.flatten(0, 1), right.flatten(0, 1))
+        real = mask.bool()
+        assert_close_to_exact(plain(ids, mask, given).hidden, theirs[real], right[real])
     with torch.enable_grad():
         assert not plain.serves(None, None)
     hook = module.LayerNorm.register_forward_hook(lambda *_: None)
     assert not plain.serves(None, None)
     hook.remove()
     assert plain.serves(None, None)
+    eps, module.LayerNorm.eps = module.LayerNorm.eps, 1.0
+    assert not plain.serves(None, None)
+    module.LayerNorm.eps = eps
     module.word_embeddings = torch.nn.Sequential(module.word_embeddings)
     assert not plain.serves(None, None)

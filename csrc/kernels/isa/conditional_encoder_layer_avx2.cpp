@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels/conditional_encoder_layer.h"
+#include "kernels/embed_tokens.h"
 #include "kernels/encoder/scratch.h"
 #include "kernels/reduced_encoder.h"
 
@@ -16,6 +17,7 @@
 #pragma GCC target("avx2,fma")
 #define DYNPLAN_ISA avx2
 #define DYNPLAN_VECTOR_BYTES 32
+#include "kernels/encoder/embed_tokens.h"
 #include "kernels/encoder/reduced_layer.h"
 #include "kernels/encoder/schedule.h"
 #endif

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels/conditional_encoder_layer.h"
+#include "kernels/embed_tokens.h"
 #include "kernels/encoder/scratch.h"
 #include "kernels/reduced_encoder.h"
 
@@ -16,6 +17,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define DYNPLAN_ISA avx512
 #define DYNPLAN_VECTOR_BYTES 64
+#include "kernels/encoder/embed_tokens.h"
 #include "kernels/encoder/reduced_layer.h"
 #include "kernels/encoder/schedule.h"
 #endif

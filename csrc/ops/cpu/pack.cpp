@@ -5,8 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
+#include <vector>
 
+#include "ops/cpu/pack.h"
 #include "ops/cpu/parallel.h"
 #include "ops/pack.h"
 
@@ -40,24 +43,8 @@ at::Tensor gather_rows(const at::Tensor& hidden, const at::Tensor& indices) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_cpu(const at::Tensor& hidden,
                                                         const at::Tensor& attention_mask) {
   check_pack(hidden, attention_mask);
-  const int64_t batch = hidden.size(0);
-  const int64_t length = hidden.size(1);
-  const at::Tensor mask = attention_mask.contiguous();
-  const auto int32 = mask.options().dtype(at::kInt);
-  at::Tensor cu_seqlens = at::empty({batch + 1}, int32);
-  at::Tensor indices;
-  AT_DISPATCH_INTEGRAL_TYPES_AND(at::kBool, mask.scalar_type(), "pack", [&] {
-    const scalar_t* data = mask.const_data_ptr<scalar_t>();
-    const int64_t tokens =
-        kernels::count_tokens(data, batch, length, cu_seqlens.mutable_data_ptr<int32_t>());
-    TORCH_CHECK_VALUE(tokens >= 0, "pack: expected attention_mask to hold only 0 and 1, got ",
-                      static_cast<int64_t>(data[tokens < 0 ? -1 - tokens : 0]), " at [",
-                      (-1 - tokens) / std::max<int64_t>(length, 1), ", ",
-                      (-1 - tokens) % std::max<int64_t>(length, 1), "]");
-    indices = at::empty({tokens}, int32);
-    kernels::token_indices(data, batch * length, indices.mutable_data_ptr<int32_t>());
-  });
-  return {gather_rows(hidden, indices), indices, cu_seqlens};
+  const Tokens tokens = find_tokens("pack", attention_mask);
+  return {gather_rows(hidden, tokens.indices), tokens.indices, tokens.cu_seqlens};
 }
 
 at::Tensor unpack_cpu(const at::Tensor& packed, const at::Tensor& indices, int64_t batch_size, int64_t length) {
@@ -83,6 +70,30 @@ at::Tensor unpack_backward_cpu(const at::Tensor& grad, const at::Tensor& indices
 }
 
 }  // namespace
+
+Tokens empty_tokens(int64_t batch, int64_t count) {
+  const at::TensorOptions int32 = at::TensorOptions().dtype(at::kInt);
+  return {at::empty({count}, int32), at::empty({batch + 1}, int32)};
+}
+
+Tokens find_tokens(const char* op, const at::Tensor& attention_mask) {
+  const at::Tensor mask = attention_mask.contiguous();
+  const int64_t batch = mask.size(0), length = mask.size(1);
+  std::vector<int32_t> cu_seqlens(batch + 1);
+  Tokens found;
+  AT_DISPATCH_INTEGRAL_TYPES_AND(at::kBool, mask.scalar_type(), "pack", [&] {
+    const scalar_t* data = mask.const_data_ptr<scalar_t>();
+    const int64_t tokens = kernels::count_tokens(data, batch, length, cu_seqlens.data());
+    TORCH_CHECK_VALUE(tokens >= 0, op, ": expected attention_mask to hold only 0 and 1, got ",
+                      static_cast<int64_t>(data[tokens < 0 ? -1 - tokens : 0]), " at [",
+                      (-1 - tokens) / std::max<int64_t>(length, 1), ", ",
+                      (-1 - tokens) % std::max<int64_t>(length, 1), "]");
+    found = empty_tokens(batch, tokens);
+    kernels::token_indices(data, batch * length, found.indices.mutable_data_ptr<int32_t>());
+  });
+  std::copy(cu_seqlens.begin(), cu_seqlens.end(), found.cu_seqlens.mutable_data_ptr<int32_t>());
+  return found;
+}
 
 TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
   m.impl("pack", &pack_cpu);
