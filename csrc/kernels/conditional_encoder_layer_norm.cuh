@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kNormThreads, kMine <= 32 ? 4 : 2)
       }
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
-        row[v][e] = to_float(a.values[e]) + to_float(c.values[e]) + to_float(b.values[e]);
+        row[v][e] = widen(a.values[e]) + widen(c.values[e]) + widen(b.values[e]);
         sum += row[v][e];
       }
     }
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kNormThreads, kMine <= 32 ? 4 : 2)
 #pragma unroll
       for (int e = 0; e < kSize; ++e)
         result.values[e] =
-            from_float<T>((row[v][e] - mean) * scale * to_float(weight.values[e]) + to_float(bias.values[e]));
+            narrow<T>((row[v][e] - mean) * scale * widen(weight.values[e]) + widen(bias.values[e]));
       store_vector(out + column, result);
     }
   }

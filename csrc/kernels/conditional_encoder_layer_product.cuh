@@ -241,7 +241,7 @@ __device__ __forceinline__ void product_tiles(const ProductParams<T>& p, int32_t
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             out.values[quarter + e] =
-                from_float<T>(activate(sum.values[e] + to_float(bias.values[quarter + e]), p.activation));
+                narrow<T>(activate(sum.values[e] + widen(bias.values[quarter + e]), p.activation));
         }
         store_vector(p.out + static_cast<int64_t>(row) * p.n + column, out);
       }

@@ -2,12 +2,7 @@
 // them are in sm_80; under plain g++ the same names come from tests/cuda_emulation/mma_emulation.h.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
-#include "kernels/cuda_common.cuh"
+#include "kernels/cuda_numbers.cuh"
 
 #ifndef __CUDACC__
 #include "mma_emulation.h"
@@ -17,27 +12,6 @@ namespace dynplan::kernels::cuda {
 
 using BFloat16 = __nv_bfloat16;
 using Half = __half;
-
-__device__ __forceinline__ float to_float(float value) {
-  return value;
-}
-__device__ __forceinline__ float to_float(BFloat16 value) {
-  return __bfloat162float(value);
-}
-__device__ __forceinline__ float to_float(Half value) {
-  return __half2float(value);
-}
-
-template <class T>
-__device__ __forceinline__ T from_float(float value) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return __float2bfloat16_rn(value);
-  } else if constexpr (std::is_same_v<T, Half>) {
-    return __float2half_rn(value);
-  } else {
-    return value;
-  }
-}
 
 // Two 16-bit numbers in one register, `low` in the low half.
 template <class T>
@@ -142,7 +116,7 @@ using cuda_emulation::wait_copies;
 
 template <class T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  cuda_emulation::multiply_add(sum, a, b0, b1, [](uint16_t bits) { return to_float(T{bits}); });
+  cuda_emulation::multiply_add(sum, a, b0, b1, [](uint16_t bits) { return widen(T{bits}); });
 }
 
 #endif

@@ -9,43 +9,12 @@
 // A label that is neither a class nor ignored is a device-side assertion, as in PyTorch's own losses.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cmath>
-#include <type_traits>
 
-#include "kernels/cuda_common.cuh"
+#include "kernels/cuda_numbers.cuh"
 #include "kernels/region_cross_entropy.h"
 
 namespace dynplan::kernels {
-
-template <typename T>
-using RegionAcc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-__device__ __forceinline__ float region_widen(float x) {
-  return x;
-}
-__device__ __forceinline__ double region_widen(double x) {
-  return x;
-}
-__device__ __forceinline__ float region_widen(__half x) {
-  return __half2float(x);
-}
-__device__ __forceinline__ float region_widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-
-template <typename T>
-__device__ __forceinline__ T region_narrow(RegionAcc<T> x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else {
-    return x;
-  }
-}
 
 // Label of the pixel at `offset` elements, -1 where it is ignored.
 __device__ __forceinline__ int32_t region_label(const RegionCrossEntropyParams& p, int64_t offset) {

@@ -67,7 +67,7 @@ struct Neighbours {
 template <typename T, bool kUpsampled>
 class PixelLogits {
  public:
-  using Acc = RegionAcc<T>;
+  using Acc = Wide<T>;
 
   __device__ PixelLogits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h, int64_t w)
       : class_stride_(p.input_stride[1]) {
@@ -89,13 +89,11 @@ class PixelLogits {
   __device__ Acc operator()(int64_t c) const {
     const int64_t offset = c * class_stride_;
     if constexpr (kUpsampled) {
-      const Acc top =
-          (1 - right_) * region_widen(corner_[0][offset]) + right_ * region_widen(corner_[1][offset]);
-      const Acc bottom =
-          (1 - right_) * region_widen(corner_[2][offset]) + right_ * region_widen(corner_[3][offset]);
+      const Acc top = (1 - right_) * widen(corner_[0][offset]) + right_ * widen(corner_[1][offset]);
+      const Acc bottom = (1 - right_) * widen(corner_[2][offset]) + right_ * widen(corner_[3][offset]);
       return (1 - down_) * top + down_ * bottom;
     } else {
-      return region_widen(corner_[0][offset]);
+      return widen(corner_[0][offset]);
     }
   }
 
@@ -164,8 +162,8 @@ __device__ __forceinline__ Acc label_probability(Acc logit, Acc lse) {
 // region_cross_entropy_tiled _forward.cuh says why.
 template <typename T, bool kUpsampled>
 __device__ __forceinline__ int logits_loss(const RegionCrossEntropyParams& p, int64_t n, const int64_t* at,
-                                           int32_t label, RegionAcc<T>& loss, RegionAcc<T>& lse) {
-  using Acc = RegionAcc<T>;
+                                           int32_t label, Wide<T>& loss, Wide<T>& lse) {
+  using Acc = Wide<T>;
   Acc reference = -1e30f, sum = 0, label_z = 0, smoothed = 0;
   int agreement = 0;
   for (int64_t first = 0; first < p.classes; first += kClassesAtOnce) {
@@ -201,8 +199,8 @@ __device__ __forceinline__ int logits_loss(const RegionCrossEntropyParams& p, in
 // Loss of one anchor, merge of probabilities; lse holds logsumexp of every pixel.
 template <typename T, bool kUpsampled>
 __device__ __forceinline__ int probs_loss(const RegionCrossEntropyParams& p, int64_t n, const int64_t* at,
-                                          int32_t label, const RegionAcc<T>* lse, RegionAcc<T>& loss) {
-  using Acc = RegionAcc<T>;
+                                          int32_t label, const Wide<T>* lse, Wide<T>& loss) {
+  using Acc = Wide<T>;
   Acc sum = 0, normalizer = 0;
   int agreement = 0;
   for_each_agreeing<Acc>(p, n, at, label, [&](int64_t d, int64_t h, int64_t w, Acc weight) {
@@ -218,9 +216,9 @@ __device__ __forceinline__ int probs_loss(const RegionCrossEntropyParams& p, int
 
 template <typename T, bool kUpsampled>
 __global__ void __launch_bounds__(kThreads)
-    region_pixel_lse_kernel(const __grid_constant__ RegionCrossEntropyParams p, RegionAcc<T>* lse,
+    region_pixel_lse_kernel(const __grid_constant__ RegionCrossEntropyParams p, Wide<T>* lse,
                             int64_t pixels) {
-  using Acc = RegionAcc<T>;
+  using Acc = Wide<T>;
   const int64_t pixel = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   if (pixel >= pixels) return;
   const Place place = place_of(pixel, p.size);
@@ -242,7 +240,7 @@ __global__ void __launch_bounds__(kThreads)
     region_general_forward_kernel(const __grid_constant__ RegionCrossEntropyParams p,
                                   const __grid_constant__ RegionCrossEntropyState state,
                                   RegionPartial* partials, int64_t anchors) {
-  using Acc = RegionAcc<T>;
+  using Acc = Wide<T>;
   __shared__ Acc scratch[32];
   const int64_t anchor = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const bool probs = p.merge == RegionMerge::probs;

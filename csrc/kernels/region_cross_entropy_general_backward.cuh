@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
                                    const __grid_constant__ RegionCrossEntropyState state,
                                    const __grid_constant__ RegionCrossEntropyGrad grad,
                                    const __grid_constant__ BackwardTiles tiles) {
-  using Acc = RegionAcc<T>;
+  using Acc = Wide<T>;
   Acc* handed = dynamic_shared<Acc>();                           // (classes, anchors)
   Acc* pixel_grads = handed + kBackwardClasses * tiles.anchors;  // (classes, pixels) when upsampled
   Acc* pixel_scale = pixel_grads + (kUpsampled ? kBackwardClasses * tiles.pixels : 0);  // (pixels,) for probs
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads)
         } else {
           grad_input[(first + k) * grad.grad_input_stride[1] + at[0] * grad.grad_input_stride[2] +
                      at[1] * grad.grad_input_stride[3] + at[2] * grad.grad_input_stride[4]] =
-              region_narrow<T>(sums[k]);
+              narrow<T>(sums[k]);
         }
       }
     }
@@ -278,8 +278,7 @@ __global__ void __launch_bounds__(kThreads)
           }
         }
         grad_input[(first + k) * grad.grad_input_stride[1] + at[0] * grad.grad_input_stride[2] +
-                   at[1] * grad.grad_input_stride[3] + at[2] * grad.grad_input_stride[4]] =
-            region_narrow<T>(sum);
+                   at[1] * grad.grad_input_stride[3] + at[2] * grad.grad_input_stride[4]] = narrow<T>(sum);
       }
       __syncthreads();
     }

@@ -113,7 +113,7 @@ inline int64_t region_partials(const RegionCrossEntropyParams& p) {
 template <typename T, bool kUpsampled>
 cudaError_t region_general_forward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                                    RegionPartial* partials, cudaStream_t stream) {
-  using Acc = RegionAcc<T>;
+  using Acc = Wide<T>;
   const int64_t pixels = region_pixels(p), anchors = region_anchors(p);
   if (p.merge == RegionMerge::probs) {
     const dim3 grid(static_cast<unsigned>(ceil_div(pixels, int64_t{general::kThreads})));
@@ -144,7 +144,7 @@ cudaError_t region_cross_entropy_forward(const RegionCrossEntropyParams& p,
         return region_tiled_forward<T, radius.value, smoothing.value>(p, state, partials, stream);
       });
   }
-  return error != cudaSuccess ? error : region_reduce<RegionAcc<T>>(p, state, partials, count, stream);
+  return error != cudaSuccess ? error : region_reduce<Wide<T>>(p, state, partials, count, stream);
 }
 
 // Whether one tile of the general backward fits into shared memory; the tiled kernels' always do.
@@ -157,7 +157,7 @@ inline bool region_backward_fits(const RegionCrossEntropyParams& p) {
 template <typename T, bool kUpsampled>
 cudaError_t region_general_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                                     const RegionCrossEntropyGrad& grad, cudaStream_t stream) {
-  const general::BackwardTiles tiles = general::backward_tiles<RegionAcc<T>>(p);
+  const general::BackwardTiles tiles = general::backward_tiles<Wide<T>>(p);
   const int64_t blocks = p.batch * tiles.tiles[0] * tiles.tiles[1] * tiles.tiles[2];
   return launch(general::region_general_backward_kernel<T, kUpsampled>, dim3(static_cast<unsigned>(blocks)),
                 dim3(general::kThreads), tiles.shared_bytes, stream, p, state, grad, tiles);

@@ -10,13 +10,13 @@
 // the tile, then gathers it with the same masks, which are symmetric: one writer per element, no atomics. Its
 // tile overlaps its neighbours' by the window's radius.
 //
-// The count for an H200 (132 SMs, four warp instructions a clock each, 4.8 TB/s), 8x19x512x1024, window 5: E = 79.7e6
-// logits. Counted in the sm_90a machine code, not measured:
+// The count for an H200 (132 SMs, four warp instructions a clock each, 4.8 TB/s), 8x19x512x1024, window 5: E
+// = 79.7e6 logits. Counted in the sm_90a machine code, not measured:
 //              bytes fp32 / bf16                   warp instructions per 32 logits, one label / several
 //   forward    386 / 226 MB: 80 / 47 us            29 / 56: 74 / 143 us at 1.9 GHz
 //   backward   705 / 386 MB: 147 / 80 us           55 / 110: 136 / 273 us
-// Bytes are the floor (halos of 1.20 and 1.46 tiles come from L2). So fp32 should be bound by memory and bf16 by
-// instructions where most warps' windows hold one label, and both by instructions in a label map of noise.
+// Bytes are the floor (halos of 1.20 and 1.46 tiles come from L2). So fp32 should be bound by memory and bf16
+// by instructions where most warps' windows hold one label, and both by instructions in a label map of noise.
 #pragma once
 
 #include "kernels/region_cross_entropy.cuh"
@@ -57,6 +57,17 @@ struct WindowWeights {
   bool nested_boxes;  // every step is positive: 0 * inf would be NaN in the sum of boxes
 };
 
+// Of one block: the image, and the first centre of its tile.
+struct Place {
+  int64_t n, left, top;
+};
+
+// Tiles come image by image, row by row, `width` x `height` apart.
+__device__ __forceinline__ Place place_of(int tiles_x, int tiles_y, int width, int height) {
+  return {blockIdx.x / (tiles_x * tiles_y), blockIdx.x % tiles_x * int64_t{width},
+          blockIdx.x / tiles_x % tiles_y * int64_t{height}};
+}
+
 struct Thread {
   int x, y;  // of its first centre in the tile
   __device__ Thread() {
@@ -96,20 +107,43 @@ __device__ constexpr uint32_t ring_bits(int radius, int index) {
   return bits;
 }
 
+// All bits of the window that lie in word `index`.
+template <int R>
+__device__ constexpr uint32_t full_bits(int index) {
+  uint32_t bits = 0;
+  for (int d = 0; d <= R; ++d) bits |= ring_bits<R>(d, index);
+  return bits;
+}
+
+// Calls visit(i, column, dy, dx) for those taps of a thread's windows that lie in row `row` of them: tap (dy,
+// dx) of centre i, in column `column` as counted from the first centre's.
+template <int R, typename Visit>
+__device__ __forceinline__ void for_each_tap(int row, Visit visit) {
+#pragma unroll
+  for (int u = 0; u < kTall; ++u) {
+    const int dy = row - u - R;
+    if (dy < -R || dy > R) continue;
+#pragma unroll
+    for (int j = 0; j < kWide; ++j)
+#pragma unroll
+      for (int dx = -R; dx <= R; ++dx) visit(u * kWide + j, j + dx, dy, dx);
+  }
+}
+
 // ---- tile of labels
 // ------------------------------------------------------------------------------------------------
 
-// Labels of the tile whose first centre is (left, top), with halo; -1 for ignored pixels and outside of the
+// Labels of the tile with halo; -1 for ignored pixels and outside of the
 // image.
 template <int R>
-__device__ __forceinline__ void load_labels(const RegionCrossEntropyParams& p, int64_t n, int64_t left,
-                                            int64_t top, int32_t* tile) {
+__device__ __forceinline__ void load_labels(const RegionCrossEntropyParams& p, const Place& at,
+                                            int32_t* tile) {
   using S = Shape<R>;
   for (int i = threadIdx.x; i < S::kPitch * S::kRows; i += kThreads) {
-    const int64_t x = left - S::kMargin + i % S::kPitch, y = top - R + i / S::kPitch;
+    const int64_t x = at.left - S::kMargin + i % S::kPitch, y = at.top - R + i / S::kPitch;
     int32_t label = -1;
     if (x >= 0 && x < p.size[2] && y >= 0 && y < p.size[1])
-      label = region_label(p, n * p.target_stride[0] + y * p.target_stride[2] + x * p.target_stride[3]);
+      label = region_label(p, at.n * p.target_stride[0] + y * p.target_stride[2] + x * p.target_stride[3]);
     tile[i] = label;
   }
 }
@@ -135,26 +169,14 @@ __device__ __forceinline__ bool read_masks(const int32_t* tile, const Thread& th
 #pragma unroll
   for (int i = 0; i < kCentres; ++i)
 #pragma unroll
-    for (int w = 0; w < S::kMaskWords; ++w) {
-      masks.word[i][w] = 0;
-      if (same)
-#pragma unroll
-        for (int d = 0; d <= R; ++d) masks.word[i][w] |= ring_bits<R>(d, w);
-    }
+    for (int w = 0; w < S::kMaskWords; ++w) masks.word[i][w] = same ? full_bits<R>(w) : 0;
   if (!same && !dead) {
 #pragma unroll
     for (int r = 0; r < kTall + 2 * R; ++r)
-#pragma unroll
-      for (int u = 0; u < kTall; ++u) {
-        const int dy = r - u - R;
-        if (dy < -R || dy > R) continue;
-#pragma unroll
-        for (int j = 0; j < kWide; ++j)
-#pragma unroll
-          for (int dx = -R; dx <= R; ++dx)
-            if (tile[(thread.y + r) * S::kPitch + thread.x + S::kMargin + j + dx] == label[u * kWide + j])
-              masks.word[u * kWide + j][(dy + R) / S::kRowsPerWord] |= row_bit<R>(dy, dx);
-      }
+      for_each_tap<R>(r, [&](int i, int column, int dy, int dx) {
+        if (tile[(thread.y + r) * S::kPitch + thread.x + S::kMargin + column] == label[i])
+          masks.word[i][(dy + R) / S::kRowsPerWord] |= row_bit<R>(dy, dx);
+      });
 #pragma unroll
     for (int i = 0; i < kCentres; ++i)
 #pragma unroll
@@ -202,15 +224,15 @@ class PlaneLoader {
  public:
   // in_pairs: rows begin at even elements and have an even number, so that a pair lies inside or outside as a
   // whole.
-  __device__ PlaneLoader(const RegionCrossEntropyParams& p, int64_t n, int64_t left, int64_t top,
-                         bool in_pairs)
-      : plane_(static_cast<const T*>(p.input) + n * p.input_stride[0]),
+  __device__ PlaneLoader(const RegionCrossEntropyParams& p, const Place& at, bool in_pairs)
+      : plane_(static_cast<const T*>(p.input) + at.n * p.input_stride[0]),
         class_stride_(p.input_stride[1]),
         in_pairs_(in_pairs) {
 #pragma unroll
     for (int i = 0; i < S::kPairsPerThread; ++i) {
       const int pair = threadIdx.x + i * kThreads;
-      const int64_t x = left - S::kMargin + pair % (S::kPitch / 2) * 2, y = top - R + pair / (S::kPitch / 2);
+      const int64_t x = at.left - S::kMargin + pair % (S::kPitch / 2) * 2;
+      const int64_t y = at.top - R + pair / (S::kPitch / 2);
       const int64_t row = min(max(y, int64_t{0}), p.size[1] - 1);
       const int64_t first = min(max(x, int64_t{0}), in_pairs ? p.size[2] - 2 : p.size[2] - 1);
       if (x + 1 == min(max(x + 1, int64_t{1}), p.size[2] - 1)) second_ |= 1u << i;
@@ -236,7 +258,7 @@ class PlaneLoader {
 #pragma unroll
     for (int i = 0; i < S::kPairsPerThread; ++i)
       reinterpret_cast<float2*>(tile)[threadIdx.x + i * kThreads] =
-          make_float2(region_widen(pairs_[i].x), region_widen(pairs_[i].y));
+          make_float2(widen(pairs_[i].x), widen(pairs_[i].y));
   }
 
  private:
@@ -251,145 +273,29 @@ class PlaneLoader {
   Pair pairs_[S::kPairsPerThread];
 };
 
-// ---- window sums
-// ---------------------------------------------------------------------------------------------------
+// ---- what both kernels begin with
+// ----------------------------------------------------------------------------------
 
-__device__ __forceinline__ void read_quad(const float* address, float (&quad)[4]) {
-  const float4 v = *reinterpret_cast<const float4*>(address);
-  quad[0] = v.x, quad[1] = v.y, quad[2] = v.z, quad[3] = v.w;
-}
+// The first class on its way, then the masks of a thread's centres, read from `tile`, where labels lie for
+// now.
+template <typename T, int R>
+struct Start {
+  PlaneLoader<T, R> loader;
+  Masks<R> masks;
+  int32_t label[kCentres];
+  bool one_label;  // every window of the warp holds one label, and sums of boxes may stand for its taps
 
-// sums[i] = sum over the window of centre i of w * value, over the taps of its mask. `tile` points at the
-// thread's first window: row 0, column 0 is R above and kMargin left of its first centre.
-template <int R>
-__device__ __forceinline__ void masked_sums(const float* tile, int pitch, const Masks<R>& masks,
-                                            const float (&ring)[R], float (&sums)[kCentres]) {
-  using S = Shape<R>;
-#pragma unroll
-  for (int i = 0; i < kCentres; ++i) sums[i] = 0;
-#pragma unroll
-  for (int r = 0; r < kTall + 2 * R; ++r) {
-    float value[S::kQuads][4];
-#pragma unroll
-    for (int q = 0; q < S::kQuads; ++q) read_quad(tile + r * pitch + 4 * q, value[q]);
-#pragma unroll
-    for (int u = 0; u < kTall; ++u) {
-      const int dy = r - u - R;
-      if (dy < -R || dy > R) continue;
-#pragma unroll
-      for (int j = 0; j < kWide; ++j)
-#pragma unroll
-        for (int dx = -R; dx <= R; ++dx) {
-          const int column = S::kMargin + j + dx, far = max(max(dy, -dy), max(dx, -dx));
-          float& sum = sums[u * kWide + j];
-          if (masks.word[u * kWide + j][(dy + R) / S::kRowsPerWord] & row_bit<R>(dy, dx))
-            sum = far == 0 ? sum + value[column / 4][column % 4]  // w(0) = 1
-                           : fmaf(ring[far - 1], value[column / 4][column % 4], sum);
-        }
-    }
+  __device__ __forceinline__ Start(const RegionCrossEntropyParams& p, const WindowWeights& weights,
+                                   const Place& at, const Thread& thread, bool in_pairs, float* tile)
+      : loader(p, at, in_pairs) {
+    loader.fetch();
+    int32_t* label_tile = reinterpret_cast<int32_t*>(tile);
+    load_labels<R>(p, at, label_tile);
+    __syncthreads();
+    const bool same = read_masks<R>(label_tile, thread, masks, label);
+    one_label = __all_sync(kFullWarp, same && weights.nested_boxes);
   }
-}
-
-// Sums of 2 * D + 1 neighbours for kWide neighbouring windows of values[0 .. kWide + 2 * D): what they share
-// is added once.
-template <int D>
-__device__ __forceinline__ void sliding_sums(const float* values, float (&sums)[kWide]) {
-  static_assert(kWide == 4);
-  if constexpr (D == 0) {
-#pragma unroll
-    for (int j = 0; j < kWide; ++j) sums[j] = values[j];
-  } else {
-    float left = values[1] + values[2], right = values[2 * D + 1] + values[2 * D + 2];
-    if constexpr (D > 1) {
-      float shared = values[3];
-#pragma unroll
-      for (int i = 4; i <= 2 * D; ++i) shared += values[i];
-      left += shared, right += shared;
-    }
-    sums[0] = left + values[0], sums[1] = left + values[2 * D + 1];
-    sums[2] = right + values[2], sums[3] = right + values[2 * D + 3];
-  }
-}
-
-// Adds step[d] times the sums over the boxes of radius d, for d = D .. R.
-template <int R, int D>
-__device__ __forceinline__ void add_boxes(const float (&heights)[kTall][R + 1][kWide + 2 * R],
-                                          const WindowWeights& weights, float (&sums)[kCentres]) {
-#pragma unroll
-  for (int u = 0; u < kTall; ++u) {
-    float box[kWide];
-    sliding_sums<D>(&heights[u][D][R - D], box);
-#pragma unroll
-    for (int j = 0; j < kWide; ++j)
-      sums[u * kWide + j] =
-          D == 0 ? weights.step[D] * box[j] : fmaf(weights.step[D], box[j], sums[u * kWide + j]);
-  }
-  if constexpr (D < R) add_boxes<R, D + 1>(heights, weights, sums);
-}
-
-// The same where every tap counts, from the sums of nested boxes: 13.75 operations a window of 5 instead
-// of 25.
-template <int R>
-__device__ __forceinline__ void nested_box_sums(const float* tile, int pitch, const WindowWeights& weights,
-                                                float (&sums)[kCentres]) {
-  using S = Shape<R>;
-  static_assert(kTall == 2);
-  float heights[kTall][R + 1][kWide + 2 * R];  // of centre row u: sum of 2 * d + 1 values of one column
-#pragma unroll
-  for (int q = 0; q < S::kQuads; ++q) {
-    float value[kTall + 2 * R][4];
-#pragma unroll
-    for (int r = 0; r < kTall + 2 * R; ++r) read_quad(tile + r * pitch + 4 * q, value[r]);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int column = 4 * q + c - (S::kMargin - R);
-      if (column < 0 || column >= kWide + 2 * R) continue;
-      heights[0][0][column] = value[R][c], heights[1][0][column] = value[R + 1][c];
-      float shared = value[R][c] + value[R + 1][c];
-#pragma unroll
-      for (int d = 1; d <= R; ++d) {
-        if (d > 1) shared += value[R - d + 1][c] + value[R + d][c];
-        heights[0][d][column] = shared + value[R - d][c];
-        heights[1][d][column] = shared + value[R + d + 1][c];
-      }
-    }
-  }
-  add_boxes<R, 0>(heights, weights, sums);
-}
-
-// Weights of the rings 1 .. R in registers: the compiler would fetch constants again for every tap that it
-// predicates.
-template <int R>
-__device__ __forceinline__ void pin_ring(const WindowWeights& weights, float* shared, float (&ring)[R]) {
-  if (threadIdx.x == 0)
-#pragma unroll
-    for (int d = 0; d < R; ++d) shared[d] = weights.ring[d + 1];
-  __syncthreads();
-#pragma unroll
-  for (int d = 0; d < R; ++d) ring[d] = shared[d];
-}
-
-// `masks()` gives the thread's masks, where they are needed.
-template <int R, typename GetMasks>
-__device__ __forceinline__ void window_sums(const float* tile, int pitch, bool one_label,
-                                            const float (&ring)[R], const WindowWeights& weights,
-                                            GetMasks masks, float (&sums)[kCentres]) {
-  if (one_label) {
-    nested_box_sums<R>(tile, pitch, weights, sums);
-  } else {
-    masked_sums<R>(tile, pitch, masks(), ring, sums);
-  }
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-#ifdef __CUDA_ARCH__
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return exp2f(x);
-#endif
-}
+};
 
 }  // namespace tiled
 }  // namespace dynplan::kernels

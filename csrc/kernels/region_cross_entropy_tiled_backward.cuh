@@ -5,7 +5,7 @@
 // forward.
 #pragma once
 
-#include "kernels/region_cross_entropy_tiled.cuh"
+#include "kernels/region_cross_entropy_tiled_sums.cuh"
 
 namespace dynplan::kernels {
 
@@ -60,13 +60,9 @@ template <int R>
 __device__ __forceinline__ bool all_full(const Masks<R>& masks) {
   bool full = true;
 #pragma unroll
-  for (int w = 0; w < Shape<R>::kMaskWords; ++w) {
-    uint32_t bits = 0;
+  for (int w = 0; w < Shape<R>::kMaskWords; ++w)
 #pragma unroll
-    for (int d = 0; d <= R; ++d) bits |= ring_bits<R>(d, w);
-#pragma unroll
-    for (int i = 0; i < kCentres; ++i) full &= masks.word[i][w] == bits;
-  }
+    for (int i = 0; i < kCentres; ++i) full &= masks.word[i][w] == full_bits<R>(w);
   return full;
 }
 
@@ -78,13 +74,13 @@ __device__ __forceinline__ void store_row(T* row, const float* values, int64_t l
     struct __align__(4 * sizeof(T)) Quad {
       T element[4];
     };
-    *reinterpret_cast<Quad*>(row + left) = {region_narrow<T>(values[0]), region_narrow<T>(values[1]),
-                                            region_narrow<T>(values[2]), region_narrow<T>(values[3])};
+    *reinterpret_cast<Quad*>(row + left) = {narrow<T>(values[0]), narrow<T>(values[1]), narrow<T>(values[2]),
+                                            narrow<T>(values[3])};
     return;
   }
 #pragma unroll
   for (int j = 0; j < kWide; ++j)
-    if (left + j < width) row[left + j] = region_narrow<T>(values[j]);
+    if (left + j < width) row[left + j] = narrow<T>(values[j]);
 }
 
 template <typename T, int R, bool kSmoothing>
@@ -99,20 +95,10 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
   float* tiles = dynamic_shared<float>();       // two tiles of logits
   float* centres = tiles + 2 * S::kTileFloats;  // two of d loss / d z / Z
   const Thread thread;
-  const int64_t n = blockIdx.x / (tiles_x * tiles_y);
-  const int64_t inner_left = blockIdx.x % tiles_x * int64_t{S::kInnerX};
-  const int64_t inner_top = blockIdx.x / tiles_x % tiles_y * int64_t{S::kInnerY};
-  const int64_t left = inner_left - S::kMargin, top = inner_top - R;
-
-  PlaneLoader<T, R> loader(p, n, left, top, in_pairs);
-  loader.fetch();
-  int32_t* label_tile = reinterpret_cast<int32_t*>(tiles);
-  load_labels<R>(p, n, left, top, label_tile);
-  __syncthreads();
-  Masks<R> masks;
-  int32_t label[kCentres];
-  const bool same = read_masks<R>(label_tile, thread, masks, label);
-  const bool one_label = __all_sync(kFullWarp, same && weights.nested_boxes);
+  const Place inner = place_of(tiles_x, tiles_y, S::kInnerX, S::kInnerY);
+  const Place at = {inner.n, inner.left - S::kMargin, inner.top - R};
+  Start<T, R> start(p, weights, at, thread, in_pairs, tiles);
+  auto& [loader, masks, label, one_label] = start;
 
   // The pixels that a thread writes lie kMargin right of and R below its centres: other threads' centres,
   // whose masks they take over.
@@ -132,12 +118,12 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
   CentreGrad centre[kCentres];
 #pragma unroll
   for (int i = 0; i < kCentres; ++i) {
-    const int64_t x = left + thread.x + i % kWide, y = top + thread.y + i / kWide;
+    const int64_t x = at.left + thread.x + i % kWide, y = at.top + thread.y + i / kWide;
     if (label[i] < 0) continue;
-    const int64_t anchor = (n * p.size[1] + y) * p.size[2] + x;
+    const int64_t anchor = (at.n * p.size[1] + y) * p.size[2] + x;
     const float inverse_z = inverse_normalizer<R>(masks, i, weights, p.normalize == RegionNormalize::count);
     const float s = anchor_scale(static_cast<const float*>(state.losses)[anchor]) +
-                    region_grad_loss<float>(grad, n, 0, y, x);
+                    region_grad_loss<float>(grad, at.n, 0, y, x);
     const float hit = (1 - static_cast<float>(p.label_smoothing)) * region_class_weight<float>(p, label[i]);
     centre[i].scale = kLog2e * inverse_z;
     centre[i].lse = kLog2e * static_cast<const float*>(state.lse)[anchor];
@@ -151,8 +137,8 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
   pin_ring<R>(weights, shared_ring, ring);
 
   const int32_t classes = static_cast<int32_t>(p.classes);
-  T* row = static_cast<T*>(grad.grad_input) + n * grad.grad_input_stride[0] +
-           (inner_top + thread.y) * grad.grad_input_stride[3];
+  T* row = static_cast<T*>(grad.grad_input) + at.n * grad.grad_input_stride[0] +
+           (inner.top + thread.y) * grad.grad_input_stride[3];
   for (int32_t c = 0; c < classes; ++c, row += grad.grad_input_stride[1]) {
     const float* tile = tiles + (c & 1) * S::kTileFloats;
     float* centre_tile = centres + (c & 1) * kTileX * kTileY;
@@ -180,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
                    pixel_masks, sums);
 #pragma unroll
     for (int u = 0; u < kTall; ++u)
-      if (inner_top + thread.y + u < p.size[1])
-        store_row(row + u * grad.grad_input_stride[3], sums + u * kWide, inner_left + thread.x, p.size[2],
+      if (inner.top + thread.y + u < p.size[1])
+        store_row(row + u * grad.grad_input_stride[3], sums + u * kWide, inner.left + thread.x, p.size[2],
                   in_quads);
   }
 }

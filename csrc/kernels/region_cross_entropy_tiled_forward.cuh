@@ -5,7 +5,7 @@
 // log1p(sum over the others of exp(z_c - z_y)) keeps its digits where the label wins clearly.
 #pragma once
 
-#include "kernels/region_cross_entropy_tiled.cuh"
+#include "kernels/region_cross_entropy_tiled_sums.cuh"
 
 namespace dynplan::kernels {
 
@@ -62,19 +62,9 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
   __shared__ float scratch[32];
   float* tiles = dynamic_shared<float>();
   const Thread thread;
-  const int64_t n = blockIdx.x / (tiles_x * tiles_y);
-  const int64_t left = blockIdx.x % tiles_x * int64_t{kTileX};
-  const int64_t top = blockIdx.x / tiles_x % tiles_y * int64_t{kTileY};
-
-  PlaneLoader<T, R> loader(p, n, left, top, in_pairs);
-  loader.fetch();
-  int32_t* label_tile = reinterpret_cast<int32_t*>(tiles);
-  load_labels<R>(p, n, left, top, label_tile);
-  __syncthreads();
-  Masks<R> masks;
-  int32_t label[kCentres];
-  const bool same = read_masks<R>(label_tile, thread, masks, label);
-  const bool one_label = __all_sync(kFullWarp, same && weights.nested_boxes);
+  const Place at = place_of(tiles_x, tiles_y, kTileX, kTileY);
+  Start<T, R> start(p, weights, at, thread, in_pairs, tiles);
+  auto& [loader, masks, label, one_label] = start;
   __syncthreads();
   loader.store(tiles);
   float ring[R];
@@ -112,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
   float normalizer = 0;
 #pragma unroll
   for (int i = 0; i < kCentres; ++i) {
-    const int64_t x = left + thread.x + i % kWide, y = top + thread.y + i / kWide;
+    const int64_t x = at.left + thread.x + i % kWide, y = at.top + thread.y + i / kWide;
     valid[i] = label[i] >= 0;
     const OnlineSum& o = online[i];
     const float plain = region_softplus(kLn2 * (o.reference + log2f(o.sum) - o.label_z));
@@ -125,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
                   epsilon / static_cast<float>(classes) * (total_weight * lse - kLn2 * smoothed[i]);
     if (valid[i]) normalizer += region_power(weight, p.p);
     if (x >= p.size[2] || y >= p.size[1]) continue;
-    const int64_t anchor = (n * p.size[1] + y) * p.size[2] + x;
+    const int64_t anchor = (at.n * p.size[1] + y) * p.size[2] + x;
     static_cast<float*>(state.losses)[anchor] = loss[i];
     static_cast<float*>(state.lse)[anchor] = lse;
     if (state.agreement) state.agreement[anchor] = static_cast<int16_t>(agreeing<R>(masks, i));

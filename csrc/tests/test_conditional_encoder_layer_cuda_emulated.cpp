@@ -9,6 +9,8 @@
 
 using namespace dynplan::kernels::cuda;
 using cuda_emulation::DeviceBuffer;
+using dynplan::kernels::narrow;
+using dynplan::kernels::widen;
 
 namespace {
 
@@ -21,14 +23,14 @@ template <class T>
 std::vector<T> draw(std::mt19937& random, int64_t size, float scale = 1, float mean = 0) {
   std::normal_distribution<float> normal(mean, scale);
   std::vector<T> values(size);
-  for (T& value : values) value = from_float<T>(normal(random));
+  for (T& value : values) value = narrow<T>(normal(random));
   return values;
 }
 
 template <class T>
-std::vector<double> widen(const std::vector<T>& values) {
+std::vector<double> widened(const std::vector<T>& values) {
   std::vector<double> wide;
-  for (const T& value : values) wide.push_back(to_float(value));
+  for (const T& value : values) wide.push_back(widen(value));
   return wide;
 }
 
@@ -102,14 +104,14 @@ std::vector<T> product(int64_t capacity, int32_t count, int32_t n, int32_t k, Ac
   }
   if (!cuda_emulation::last_failure.empty())
     std::fprintf(stderr, "%s\n", cuda_emulation::last_failure.c_str());
-  const std::vector<double> wide = widen(a), wide_weight = widen(weight), wide_bias = widen(bias);
+  const std::vector<double> wide = widened(a), wide_weight = widened(weight), wide_bias = widened(bias);
   for (int32_t i = 0; i < count; ++i) {
     const int64_t row = gather ? rows[i] : i;
     const std::vector<double> one(wide.begin() + row * k, wide.begin() + (row + 1) * k);
     const std::vector<double> exact = naive_product(one, wide_weight.data(), wide_bias.data(), 1, n, k);
     for (int32_t j = 0; j < n; ++j) {
       const double wanted = naive_activation(exact[j], activation);
-      EXPECT(std::abs(to_float(out.get()[i * n + j]) - wanted) <=
+      EXPECT(std::abs(widen(out.get()[i * n + j]) - wanted) <=
              kRounding<T> * (std::abs(wanted) + 0.05) + 2e-6);
     }
   }
@@ -178,7 +180,7 @@ std::vector<T> layer(const Shape& shape, const std::vector<int32_t>& lengths, co
   add(3 * h * h, 2 / std::sqrt(h)), add(3 * h, 0.3f), add(h * h, 1 / std::sqrt(h)), add(h, 0.3f),
       add(h, 0.2f, 1), add(h, 0.2f), add(i * h, 1 / std::sqrt(h)), add(i, 0.3f), add(h * i, 1 / std::sqrt(i)),
       add(h, 0.3f), add(h, 0.2f, 1), add(h, 0.2f);
-  const std::vector<double> wide_packed = widen(packed);
+  const std::vector<double> wide_packed = widened(packed);
   const EncoderLayerWeights<double> weights(wide_packed.data(), h, i);
 
   std::vector<int32_t> rows, offsets{0}, starts;
@@ -224,7 +226,7 @@ std::vector<T> layer(const Shape& shape, const std::vector<int32_t>& lengths, co
   if (!cuda_emulation::last_failure.empty())
     std::fprintf(stderr, "%s\n", cuda_emulation::last_failure.c_str());
 
-  const std::vector<double> wide = widen(hidden);
+  const std::vector<double> wide = widened(hidden);
   for (int64_t b = 0; b < samples; ++b) {
     const int64_t begin = starts[b] * h, size = lengths[b] * h;
     const T* const out = device_hidden.get() + begin;
@@ -236,7 +238,7 @@ std::vector<T> layer(const Shape& shape, const std::vector<int32_t>& lengths, co
         naive_layer({wide.begin() + begin, wide.begin() + begin + size}, weights, shape, activation, eps);
     // Normalised outputs are of order 1; the roundings to T on the way add up, in fp32 those of the sums.
     for (int64_t e = 0; e < size; ++e)
-      EXPECT(std::abs(to_float(out[e]) - exact[e]) <= (sizeof(T) == 4 ? 200 : 12) * kRounding<T>);
+      EXPECT(std::abs(widen(out[e]) - exact[e]) <= (sizeof(T) == 4 ? 200 : 12) * kRounding<T>);
   }
   EXPECT(same_bits(device_hidden.get() + row * h, hidden.data() + row * h, 5 * h));
   return device_hidden.host();

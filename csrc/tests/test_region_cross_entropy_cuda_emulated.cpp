@@ -32,11 +32,6 @@ struct Case {
 };
 
 template <typename T>
-T narrow(double x) {
-  return region_narrow<T>(static_cast<RegionAcc<T>>(x));
-}
-
-template <typename T>
 double tolerance() {
   return std::is_same_v<T, double>   ? 1e-11
          : std::is_same_v<T, float>  ? 1e-5
@@ -79,7 +74,7 @@ double share(int64_t element, int64_t at, int64_t low, int64_t full, bool align_
 
 template <typename T, typename L>
 class Problem {
-  using Acc = RegionAcc<T>;
+  using Acc = Wide<T>;
 
  public:
   Problem(const Case& c, unsigned seed) : c_(c), random_(seed) {
@@ -168,8 +163,8 @@ class Problem {
     for (size_t i = 0; i < lse.size(); ++i) expect_close(lse.get()[i], want.lse[i], scale, acc, "lse");
     const double largest = largest_of(want_grad);
     for_each_element(extent, [&](int64_t dense, int64_t strided) {
-      expect_close(region_widen(grad_input.get()[strided]), want_grad[dense], largest,
-                   3 * acc + tolerance<T>(), "grad");
+      expect_close(widen(grad_input.get()[strided]), want_grad[dense], largest, 3 * acc + tolerance<T>(),
+                   "grad");
     });
   }
 
@@ -192,8 +187,7 @@ class Problem {
   void make_logits() {
     const int64_t plane = c_.low[0] ? c_.low[0] * c_.low[1] : c_.size[0] * c_.size[1] * c_.size[2];
     logits_.resize(c_.batch * c_.classes * plane);
-    for (double& x : logits_)
-      x = region_widen(narrow<T>(std::normal_distribution<>(0, c_.magnitude)(random_)));
+    for (double& x : logits_) x = widen(narrow<T>(std::normal_distribution<>(0, c_.magnitude)(random_)));
   }
 
   template <typename Visit>
