@@ -14,7 +14,6 @@ namespace dynplan::kernels {
 namespace general {
 
 constexpr int kBackwardClasses = 2;
-constexpr size_t kMaxShared = 160 * 1024;  // sm_80 has 163 KiB a block
 
 // How the gradient is cut into tiles, and room for what one tile needs. Axes: (D, H, W) of the input tensor.
 struct BackwardTiles {
@@ -33,8 +32,9 @@ __host__ __device__ inline double upsampling_ratio(const RegionCrossEntropyParam
   return low > 1 && full > 1 ? static_cast<double>(full - 1) / (low - 1) : 0.0;
 }
 
+// For a chip that gives a block `most_shared` bytes; more where even the smallest tile needs more.
 template <typename Acc>
-BackwardTiles backward_tiles(const RegionCrossEntropyParams& p) {
+BackwardTiles backward_tiles(const RegionCrossEntropyParams& p, size_t most_shared) {
   const bool upsampled = p.low[0] != 0;
   BackwardTiles b = {};
   b.extent[0] = p.size[0];
@@ -62,7 +62,7 @@ BackwardTiles backward_tiles(const RegionCrossEntropyParams& p) {
         sizeof(Acc) * (kBackwardClasses * b.anchors + (upsampled ? kBackwardClasses * b.pixels : 0) +
                        (p.merge == RegionMerge::probs ? b.pixels : 0));
     int* largest = preferred[2] >= preferred[1] ? &preferred[2] : &preferred[1];
-    if (b.shared_bytes <= kMaxShared || *largest == 1) return b;
+    if (b.shared_bytes <= most_shared || *largest == 1) return b;
     *largest /= 2;
   }
 }

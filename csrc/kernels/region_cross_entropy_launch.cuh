@@ -148,35 +148,38 @@ cudaError_t region_cross_entropy_forward(const RegionCrossEntropyParams& p,
 }
 
 // Whether one tile of the general backward fits into shared memory; the tiled kernels' always do.
-inline bool region_backward_fits(const RegionCrossEntropyParams& p) {
-  const general::BackwardTiles tiles =
-      p.logit == RegionLogit::f64 ? general::backward_tiles<double>(p) : general::backward_tiles<float>(p);
-  return region_pixels(p) == 0 || tiles.shared_bytes <= general::kMaxShared;
+inline bool region_backward_fits(const RegionCrossEntropyParams& p, size_t most_shared) {
+  const general::BackwardTiles tiles = p.logit == RegionLogit::f64
+                                           ? general::backward_tiles<double>(p, most_shared)
+                                           : general::backward_tiles<float>(p, most_shared);
+  return region_pixels(p) == 0 || tiles.shared_bytes <= most_shared;
 }
 
 template <typename T, bool kUpsampled>
 cudaError_t region_general_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                                    const RegionCrossEntropyGrad& grad, cudaStream_t stream) {
-  const general::BackwardTiles tiles = general::backward_tiles<Wide<T>>(p);
+                                    const RegionCrossEntropyGrad& grad, size_t most_shared,
+                                    cudaStream_t stream) {
+  const general::BackwardTiles tiles = general::backward_tiles<Wide<T>>(p, most_shared);
   const int64_t blocks = p.batch * tiles.tiles[0] * tiles.tiles[1] * tiles.tiles[2];
   return launch(general::region_general_backward_kernel<T, kUpsampled>, dim3(static_cast<unsigned>(blocks)),
                 dim3(general::kThreads), tiles.shared_bytes, stream, p, state, grad, tiles);
 }
 
-// Writes every element of grad_input.
+// Writes every element of grad_input. `most_shared`: bytes of shared memory that the chip gives a block.
 template <typename T>
 cudaError_t region_cross_entropy_backward(const RegionCrossEntropyParams& p,
                                           const RegionCrossEntropyState& state,
-                                          const RegionCrossEntropyGrad& grad, cudaStream_t stream) {
+                                          const RegionCrossEntropyGrad& grad, size_t most_shared,
+                                          cudaStream_t stream) {
   if (region_pixels(p) == 0 || p.classes == 0) return cudaSuccess;
-  if (p.low[0] != 0) return region_general_backward<T, true>(p, state, grad, stream);
+  if (p.low[0] != 0) return region_general_backward<T, true>(p, state, grad, most_shared, stream);
   if constexpr (!std::is_same_v<T, double>) {
     if (region_is_tiled(p, p.input_stride) && region_is_tiled(p, grad.grad_input_stride))
       return region_dispatch_tiled(p, [&](auto radius, auto smoothing) {
         return region_tiled_backward<T, radius.value, smoothing.value>(p, state, grad, stream);
       });
   }
-  return region_general_backward<T, false>(p, state, grad, stream);
+  return region_general_backward<T, false>(p, state, grad, most_shared, stream);
 }
 
 }  // namespace dynplan::kernels

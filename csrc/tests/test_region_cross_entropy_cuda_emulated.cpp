@@ -28,7 +28,8 @@ struct Case {
   Layout layout = Layout::dense;
   int64_t low[2] = {0, 0};
   bool align_corners = false;
-  double magnitude = 3;  // of the logits
+  double magnitude = 3;             // of the logits
+  size_t most_shared = 163 * 1024;  // bytes that the chip gives a block
 };
 
 template <typename T>
@@ -150,7 +151,7 @@ class Problem {
     grad.grad_losses_stride[0] = p_.anchors[0] * grad.grad_losses_stride[1];
     grad.grad_input = grad_input.get();
     std::copy(p_.input_stride, p_.input_stride + 5, grad.grad_input_stride);
-    EXPECT(region_cross_entropy_backward<T>(p_, state, grad, nullptr) == cudaSuccess);
+    EXPECT(region_cross_entropy_backward<T>(p_, state, grad, c_.most_shared, nullptr) == cudaSuccess);
 
     // Losses, lse and value are fp32 whatever the logits are; only the gradient is rounded to their type.
     const double acc = tolerance<Acc>(), scale = 1 + c_.magnitude;
@@ -278,6 +279,8 @@ void general_cases() {
                 .by_count = true,
                 .block = 3});
   check<__nv_bfloat16>({.size = {4, 6, 7}, .window = {1, 3, 5}, .stride = {2, 1, 2}});
+  // A chip with little shared memory: smaller tiles.
+  check<float>({.size = {4, 17, 18}, .window = {1, 5, 5}, .most_shared = 1024});
   check<float>({.size = {1, 1, 300}, .window = {1, 1, 9}, .p = 1});
   check<float>({.size = {1, 6, 7}, .window = {1, 1, 1}, .p = 1});
   check<float>({.classes = 6, .size = {1, 18, 19}, .probs = true, .weighted = true, .grad_losses = true});

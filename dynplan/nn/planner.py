@@ -40,6 +40,11 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
         reduce = torch.mean if kind == "mean" else torch.amax
         pooled = [reduce(part, 0) if len(part) else part.new_zeros(part.shape[1]) for part in parts]
         return torch.stack(pooled) if pooled else hidden.new_zeros(0, hidden.shape[1])
+    return _pool_without_host(hidden, cu_seqlens, kind)
+
+
+def _pool_without_host(hidden: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
+    """:func:`pool` with no size on the host."""
     pooled = torch.segment_reduce(hidden, kind, offsets=cu_seqlens, axis=0, unsafe=True)
     return pooled.masked_fill((cu_seqlens.diff() == 0).unsqueeze(1), 0)
 

@@ -14,27 +14,32 @@ from integrations.models import batch, tiny
 from integrations.test_capture import RerunGraph, policies
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dynplan
 from dynplan.integrations import capture as capturing
 from dynplan.integrations import encoder as planned
 from dynplan.policies import Policy, RandomPath
 
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
 
 class Copies(TorchDispatchMode):
-    """Notes what is copied between the CPU and the device so that the host has to wait."""
+    """Notes what goes from the CPU to the device so that the host has to wait: copies, and tensors on the CPU
+    that an operation on the device is given, to index with for example."""
 
     def __init__(self):
         super().__init__()
         self.waiting = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            places = {value.device.type for value in (result, *args) if isinstance(value, Tensor)}
-            hurries = (kwargs or {}).get("non_blocking") or (len(args) > 2 and args[2])
-            if len(places) > 1 and not hurries:
-                self.waiting.append((str(function), args, kwargs))
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        tensors = [value for value in tree_leaves((result, args, kwargs)) if isinstance(value, Tensor)]
+        places = {tensor.device.type for tensor in tensors if tensor.dim() > 0 or tensor is result}
+        hurries = function in COPIES and (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+        if len(places) > 1 and not hurries:
+            self.waiting.append((str(function), args, kwargs))
         return result
 
 
@@ -79,11 +84,21 @@ def test_a_read_would_be_noticed(meta):
         dynplan.swap(tiny(), Reads()).to(meta)(**on(meta, batch()))
 
 
-def test_a_copy_that_waits_would_be_noticed(meta):
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda there: torch.ones(3).to(there),
+        lambda there: torch.zeros(3, device=there).copy_(torch.ones(3)),
+        lambda there: torch.zeros(3, device=there)[torch.tensor([0, 2])],
+    ],
+    ids=["to", "copy", "index"],
+)
+def test_a_wait_would_be_noticed(meta, wait):
     with Copies() as copies:
-        torch.ones(3).to(meta)
-        torch.ones(3).to(meta, non_blocking=True)
-    assert len(copies.waiting) == 1
+        torch.ones(3).to(meta, non_blocking=True).add_(1).copy_(torch.ones(3), non_blocking=True)
+        assert not copies.waiting
+        wait(meta)
+    assert copies.waiting
 
 
 @torch.no_grad()

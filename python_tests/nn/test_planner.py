@@ -8,7 +8,7 @@ from torch import nn
 
 from dynplan.budget import within_budget
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
-from dynplan.nn.planner import planner_from_config, pool
+from dynplan.nn.planner import _pool_without_host, planner_from_config, pool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,7 +29,8 @@ def randomised(planner):
 
 @pytest.mark.parametrize("kind", ["mean", "max"])
 @pytest.mark.parametrize("lengths", [LENGTHS, (7,), (), (0,)])
-def test_pooling(lengths, kind):
+@pytest.mark.parametrize("pool", [pool, _pool_without_host], ids=["cpu", "cuda"])
+def test_pooling(pool, lengths, kind):
     rows = torch.randn(sum(lengths) + 2, 8, dtype=torch.float64, requires_grad=True)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     pooled = pool(rows, offsets, kind)

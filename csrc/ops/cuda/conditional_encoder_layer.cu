@@ -14,12 +14,6 @@
 namespace dynplan {
 namespace {
 
-int device_attribute(cudaDeviceAttr attribute, c10::DeviceIndex device) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
 // The twelve parameters end to end, in their own dtype.
 at::Tensor pack_encoder_weights_cuda(at::TensorList weights) {
   check_pack_encoder_weights("pack_encoder_weights", weights);
@@ -67,9 +61,12 @@ void run_layers(const EncoderCall& call, const DeviceScope& device, int64_t inte
   const int64_t capacity = call.capacity(), width = call.width(), samples = call.samples();
   const at::Tensor workspace =
       at::empty({kernels::cuda::encoder_workspace_size(capacity, width, intermediate)}, hidden.options());
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, hidden.device().index());
+  const int multiprocessors = device.attribute(cudaDevAttrMultiProcessorCount);
   for (int64_t layer = 0; layer < call.layers(); ++layer) {
-    const at::Tensor packed = call.packed_weights[layer].contiguous();
+    at::Tensor packed = call.packed_weights[layer].contiguous();
+    // Kernels read 16 bytes at a time; what pack_encoder_weights gave may have been cut out of something
+    // larger since.
+    if (reinterpret_cast<uintptr_t>(packed.const_data_ptr()) % 16 != 0) packed = packed.clone();
     C10_CUDA_CHECK(kernels::cuda::conditional_encoder_layer<T>(
         {.hidden = static_cast<T*>(hidden.mutable_data_ptr()),
          .rows = call.rows.const_data_ptr<int32_t>() + layer * capacity,

@@ -30,9 +30,9 @@ cudaError_t with_logit_type(kernels::RegionLogit type, Run run) {
 struct CudaBackend {
   static void forward(const char* op, const at::Tensor& input, const Params& params, const State& state) {
     const DeviceScope device(op, input.device());
-    TORCH_CHECK_NOT_IMPLEMENTED(kernels::region_backward_fits(params), op,
+    TORCH_CHECK_NOT_IMPLEMENTED(kernels::region_backward_fits(params, device.most_shared_bytes()), op,
                                 ": expected a window and an upsampling whose gradient tile fits into ",
-                                kernels::general::kMaxShared / 1024,
+                                device.most_shared_bytes() / 1024,
                                 " KiB of shared memory on CUDA, got radius [", params.radius[0], ", ",
                                 params.radius[1], ", ", params.radius[2], "] and input ", input.sizes(),
                                 " for ", params.size[1], " x ", params.size[2], " labels");
@@ -49,7 +49,8 @@ struct CudaBackend {
                        const Grad& grad) {
     const DeviceScope device(op, input.device());
     C10_CUDA_CHECK(with_logit_type(params.logit, [&](auto logit) {
-      return kernels::region_cross_entropy_backward<decltype(logit)>(params, state, grad, device.stream());
+      return kernels::region_cross_entropy_backward<decltype(logit)>(
+          params, state, grad, device.most_shared_bytes(), device.stream());
     }));
   }
 };

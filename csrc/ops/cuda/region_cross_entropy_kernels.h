@@ -13,9 +13,9 @@ namespace dynplan::kernels {
 #define DYNPLAN_REGION_LAUNCHERS(PREFIX, T)                                                           \
   PREFIX template cudaError_t region_cross_entropy_forward<T>(                                        \
       const RegionCrossEntropyParams&, const RegionCrossEntropyState&, RegionPartial*, cudaStream_t); \
-  PREFIX template cudaError_t region_cross_entropy_backward<T>(const RegionCrossEntropyParams&,       \
-                                                               const RegionCrossEntropyState&,        \
-                                                               const RegionCrossEntropyGrad&, cudaStream_t);
+  PREFIX template cudaError_t region_cross_entropy_backward<T>(                                       \
+      const RegionCrossEntropyParams&, const RegionCrossEntropyState&, const RegionCrossEntropyGrad&, \
+      size_t, cudaStream_t);
 
 DYNPLAN_REGION_LAUNCHERS(extern, float)
 DYNPLAN_REGION_LAUNCHERS(extern, double)
