@@ -1,6 +1,7 @@
 """Runs every CUDA kernel of dynplan once or more at small sizes, for compute-sanitizer (see gpu_run.sh)."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 
@@ -19,18 +20,39 @@ DEVICE = "cuda"
 ENCODER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def encoder(dtype: torch.dtype) -> None:
-    hidden = torch.randn(4, 37, 64, device=DEVICE, dtype=dtype)
-    mask = torch.arange(37, device=DEVICE) < torch.tensor([[37], [0], [5], [21]], device=DEVICE)
-    packed = pack(hidden, mask)
-    dispatch = build_dispatch(torch.rand(4, 2, device=DEVICE) < 0.6, packed.cu_seqlens, len(packed.hidden))
-    attention = [(192, 64), (192,), (64, 64), (64,), (64,), (64,)]
-    shapes = [*attention, (128, 64), (128,), (64, 128), (64,), (64,), (64,)]
-    weights = EncoderLayerWeights(*(0.1 * torch.randn(s, device=DEVICE, dtype=dtype) for s in shapes))
+class Encoder(NamedTuple):
+    """Sizes of one run: together they take every tile of the products on a chip of 132 multiprocessors, every
+    head dimension of the attention and every width of the norm that has a kernel of its own."""
+
+    samples: int
+    length: int
+    width: int
+    heads: int
+    intermediate: int
+
+
+SMALL = (Encoder(4, 37, 64, 4, 128), Encoder(2, 9, 640, 10, 64), Encoder(2, 9, 1032, 43, 64))
+LARGE = (Encoder(64, 64, 256, 4, 512), Encoder(25, 60, 256, 2, 512))
+
+
+def encoder(dtype: torch.dtype, sizes: Encoder) -> None:
+    samples, length, width, heads, inner = sizes
+    hidden = torch.randn(samples, length, width, device=DEVICE, dtype=dtype)
+    tokens = torch.full((samples, 1), length, device=DEVICE)
+    tokens[1] = 0 if samples == 4 else length
+    packed = pack(hidden, torch.arange(length, device=DEVICE) < tokens)
+    keep = torch.ones(samples, 2, dtype=torch.bool, device=DEVICE)
+    keep[0, 1] = False
+    dispatch = build_dispatch(keep, packed.cu_seqlens, len(packed.hidden))
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
+    shapes = [*attention, (inner, width), (inner,), (width, inner), (width,), (width,), (width,)]
+    weights = EncoderLayerWeights(
+        *(torch.randn(s, device=DEVICE, dtype=dtype) / s[-1] ** 0.5 for s in shapes)
+    )
     blobs = [pack_encoder_weights(weights)] * 2
     with torch.no_grad():
-        out = conditional_encoder(packed.hidden, dispatch, None, 4, packed_weights=blobs)
-    unpack(out, packed.indices, 4, 37)
+        out = conditional_encoder(packed.hidden, dispatch, None, heads, packed_weights=blobs)
+    unpack(out, packed.indices, samples, length)
 
 
 def region(
@@ -46,7 +68,8 @@ def region(
 
 def main() -> None:
     for dtype in ENCODER_DTYPES:
-        encoder(dtype)
+        for sizes in SMALL if dtype == torch.float16 else SMALL + LARGE:
+            encoder(dtype, sizes)
         for size, width in itertools.product((3, 5, 7), (70, 71)):
             region((1, 3, 37, width), dtype, kernel_size=size)
     region((1, 3, 33, 40), kernel_size=5, label_smoothing=0.1)

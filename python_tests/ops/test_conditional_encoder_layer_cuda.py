@@ -68,6 +68,24 @@ def test_bert_base_sizes(dtype):
     check([128] * 30 + [37] * 9, 12, 64, 3072, 2, "gelu", dtype, spare=100)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_company(dtype):
+    """From 1 to 64 samples of 64 rows, the products take every tile they have."""
+    hidden, _, _, weights = draw_inputs([64] * 64, 256, 512, 1, 0, dtype=dtype)
+    hidden, blob = hidden.cuda(), pack_encoder_weights(EncoderLayerWeights(*(w.cuda() for w in weights[0])))
+    offsets = torch.arange(0, 64 * 64 + 1, 64, dtype=torch.int32, device="cuda")
+
+    def run(samples):
+        step = build_dispatch(torch.arange(64, device="cuda") < samples, offsets, len(hidden))
+        with torch.no_grad():
+            return conditional_encoder_layer(hidden, step, None, 4, packed_weights=blob)
+
+    whole = run(64)
+    for samples in (47, 33, 24, 10, 1):
+        part, rows = run(samples), 64 * samples
+        assert torch.equal(part[:rows], whole[:rows]) and torch.equal(part[rows:], hidden[rows:])
+
+
 def test_one_graph_serves_every_plan():
     hidden, keep, dispatch, weights = draw_inputs([9, 64, 1, 100], 128, 256, 3, 0, dtype=torch.bfloat16)
     hidden, _, weights = on_cuda(hidden, dispatch, weights)
