@@ -5,9 +5,11 @@
 
 #include <array>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/encoder/checks.h"
+#include "kernels/reduced_encoder.h"
 #include "native/bindings.h"
 
 namespace py = pybind11;
@@ -18,20 +20,40 @@ namespace {
 template <class T>
 using Dense = py::array_t<T, py::array::c_style>;
 
-Dense<uint8_t> pack_encoder_weights(const std::array<Dense<float>, 12>& w) {
+Dense<uint8_t> pack_encoder_weights(const std::array<Dense<float>, 12>& w, const std::string& dtype) {
+  using kernels::WeightType;
   const int64_t h = w[3].size(), i = w[7].size();
   const std::array<int64_t, 12> sizes = {3 * h * h, 3 * h, h * h, h, h, h, i * h, i, h * i, h, h, h};
   for (size_t t = 0; t < sizes.size(); ++t)
     if (w[t].size() != sizes[t])
       throw py::value_error("pack_encoder_weights: expected tensor " + std::to_string(t) + " to hold " +
                             std::to_string(sizes[t]) + " numbers, got " + std::to_string(w[t].size()));
-  Dense<uint8_t> blob(kernels::PackedLayout(h, i).bytes());
-  kernels::pack_encoder_weights<float>(
-      {w[0].data(), w[1].data(), w[2].data(), w[3].data(), w[4].data(), w[5].data(), w[6].data(), w[7].data(),
-       w[8].data(), w[9].data(), w[10].data(), w[11].data()},
-      h, i, blob.mutable_data());
+  const kernels::EncoderLayerTensors<float> tensors = {w[0].data(), w[1].data(), w[2].data(),  w[3].data(),
+                                                       w[4].data(), w[5].data(), w[6].data(),  w[7].data(),
+                                                       w[8].data(), w[9].data(), w[10].data(), w[11].data()};
+  for (const WeightType type : {WeightType::float32, WeightType::bfloat16}) {
+    if (dtype != kernels::name(type)) continue;
+    Dense<uint8_t> blob(kernels::PackedLayout(type, h, i).bytes());
+    kernels::pack_encoder_weights(type, tensors, h, i, blob.mutable_data());
+    return blob;
+  }
+  if (dtype != kernels::name(WeightType::int8))
+    throw py::value_error("pack_encoder_weights: expected dtype to be float32, bfloat16 or int8, got " +
+                          dtype);
+  Dense<uint8_t> blob(kernels::ReducedLayout(h, i).bytes);
+  kernels::pack_reduced_weights(tensors, h, i, kernels::kRowLevels, blob.mutable_data());
   return blob;
 }
+
+constexpr auto multiply_int8 = [](int64_t rows, int64_t columns, int64_t depth, const int8_t* a,
+                                  const int8_t* weight, int32_t* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < columns; ++n) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < depth; ++k) sum += int32_t{a[r * depth + k]} * weight[n * depth + k];
+      out[r * columns + n] = sum;
+    }
+};
 
 kernels::Activation parse_activation(const std::string& name) {
   const std::optional<kernels::Activation> found = kernels::activation_of(name);
@@ -66,45 +88,50 @@ Dense<float> conditional_encoder(const Dense<float>& hidden, const Dense<int32_t
   std::string problem;
   const int64_t most = kernels::check_dispatch(
       {rows.data(), cu_seqlens.data(), counts.data(), layers, tokens, samples}, problem);
-  int64_t intermediate = 0;
+  std::vector<std::pair<const void*, int64_t>> checked;
   std::vector<const void*> blobs;
   for (const Dense<uint8_t>& blob : packed) {
-    const int64_t found = kernels::check_packed(blob.data(), blob.size(), width, problem);
-    if (!blobs.empty() && found >= 0 && found != intermediate)
-      problem = "packed weights of one feed-forward width";
-    intermediate = found;
+    checked.emplace_back(blob.data(), blob.size());
     blobs.push_back(blob.data());
   }
-  if (!problem.empty()) throw py::value_error("conditional_encoder: expected " + problem);
+  const auto shape = most < 0 ? std::nullopt : kernels::check_all_packed(checked, width, problem);
+  if (!shape) throw py::value_error("conditional_encoder: expected " + problem);
+  const int64_t intermediate = shape->intermediate_size;
+  const bool int8 = shape->type == kernels::WeightType::int8;
 
   Dense<float> out({tokens, width});
   std::memcpy(out.mutable_data(), hidden.data(), hidden.nbytes());
-  std::vector<float> workspace(kernels::encoder_workspace_floats(most, width, intermediate));
-  kernels::conditional_encoder({.hidden = out.mutable_data(),
-                                .row_type = kernels::RowType::float32,
-                                .rows = rows.data(),
-                                .cu_seqlens = cu_seqlens.data(),
-                                .counts = counts.data(),
-                                .packed = blobs.data(),
-                                .layers = layers,
-                                .capacity = tokens,
-                                .samples = samples,
-                                .hidden_size = width,
-                                .intermediate_size = intermediate,
-                                .heads = heads,
-                                .activation = parse_activation(activation),
-                                .eps = eps,
-                                .workers = 1,
-                                .workspace = workspace.data()},
-                               kernels::serial, parse_isa(isa));
+  std::vector<float> workspace(int8 ? kernels::reduced_workspace_floats(most, width, intermediate)
+                                    : kernels::encoder_workspace_floats(most, width, intermediate));
+  const kernels::ConditionalEncoderParams params = {.hidden = out.mutable_data(),
+                                                    .row_type = kernels::RowType::float32,
+                                                    .rows = rows.data(),
+                                                    .cu_seqlens = cu_seqlens.data(),
+                                                    .counts = counts.data(),
+                                                    .packed = blobs.data(),
+                                                    .layers = layers,
+                                                    .capacity = tokens,
+                                                    .samples = samples,
+                                                    .hidden_size = width,
+                                                    .intermediate_size = intermediate,
+                                                    .heads = heads,
+                                                    .activation = parse_activation(activation),
+                                                    .eps = eps,
+                                                    .workers = 1,
+                                                    .workspace = workspace.data()};
+  if (int8)
+    kernels::reduced_encoder(params, multiply_int8, kernels::serial, parse_isa(isa));
+  else
+    kernels::conditional_encoder(params, kernels::serial, parse_isa(isa));
   return out;
 }
 
 }  // namespace
 
 void bind_conditional_encoder_layer(py::module_& m) {
-  m.def("pack_encoder_weights", &pack_encoder_weights, py::arg("weights"),
-        "12 float32 arrays in the order of EncoderLayerWeights -> uint8 (bytes,)");
+  m.def("pack_encoder_weights", &pack_encoder_weights, py::arg("weights"), py::arg("dtype") = "float32",
+        "12 float32 arrays in the order of EncoderLayerWeights -> uint8 (bytes,); dtype: float32, bfloat16 "
+        "or int8");
   m.def("conditional_encoder", &conditional_encoder, py::arg("hidden").noconvert(),
         py::arg("rows").noconvert(), py::arg("cu_seqlens").noconvert(), py::arg("counts").noconvert(),
         py::arg("packed_weights"), py::arg("num_heads"), py::arg("activation") = "gelu",

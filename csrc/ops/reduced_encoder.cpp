@@ -6,11 +6,11 @@
 
 namespace dynplan {
 
-kernels::ReducedDtype parse_reduced_dtype(std::string_view dtype) {
+kernels::WeightType parse_reduced_dtype(std::string_view dtype) {
   TORCH_CHECK_VALUE(dtype == "int8" || dtype == "bfloat16",
                     "pack_reduced_encoder_weights: expected dtype to be int8 or bfloat16, got ",
                     std::string(dtype));
-  return dtype == "int8" ? kernels::ReducedDtype::int8 : kernels::ReducedDtype::bfloat16;
+  return dtype == "int8" ? kernels::WeightType::int8 : kernels::WeightType::bfloat16;
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

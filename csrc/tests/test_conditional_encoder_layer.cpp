@@ -31,10 +31,17 @@ struct Weights {
     draw(i * h, across), draw(i, 1), draw(h * i, down), draw(h, 1), draw(h, 1), draw(h, 1);
   }
 
-  std::vector<char> packed() const {
-    std::vector<char> blob(PackedLayout(h, i).bytes());
+  // As a matrix of bfloat16 holds them.
+  void round() {
+    for (const int t : {0, 2, 6, 8})
+      for (float& value : tensors[t]) value = to_float(to_bfloat16(value));
+  }
+
+  std::vector<char> packed(WeightType type) const {
+    std::vector<char> blob(PackedLayout(type, h, i).bytes());
     const auto& t = tensors;
     pack_encoder_weights<float>(
+        type,
         {t[0].data(), t[1].data(), t[2].data(), t[3].data(), t[4].data(), t[5].data(), t[6].data(),
          t[7].data(), t[8].data(), t[9].data(), t[10].data(), t[11].data()},
         h, i, blob.data());
@@ -104,10 +111,19 @@ Rows layer(const Weights& w, const Rows& x, int64_t heads, Activation activation
   return out;
 }
 
+bool rounds_rows() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 struct Case {
   std::vector<int32_t> lengths;
   int64_t heads, depth, intermediate, layers;
   Activation activation;
+  WeightType type = WeightType::float32;
 };
 
 void against_loops(const Case& c, unsigned seed) {
@@ -130,7 +146,8 @@ void against_loops(const Case& c, unsigned seed) {
   int64_t most = 0;
   for (int64_t l = 0; l < c.layers; ++l) {
     weights.emplace_back(h, c.intermediate, random);
-    blobs.push_back(weights.back().packed());
+    if (c.type == WeightType::bfloat16) weights.back().round();
+    blobs.push_back(weights.back().packed(c.type));
     std::vector<int32_t> active, cuts = {0};
     for (int64_t b = 0; b < samples; ++b) {
       if (random() % 3 == 0) continue;
@@ -168,7 +185,9 @@ void against_loops(const Case& c, unsigned seed) {
         error = std::max(error, std::abs(out[t * h + d] - exact[t][d]));
         if (!touched[t]) EXPECT(out[t * h + d] == hidden[t * h + d]);
       }
-    EXPECT(error < 2e-5 * (1 + c.layers));
+    // AVX512-BF16 rounds the rows that meet such weights too.
+    const bool rounds = c.type == WeightType::bfloat16 && isa == CpuIsa::avx512 && rounds_rows();
+    EXPECT(error < (rounds ? 4e-2 : 2e-5) * (1 + c.layers));
   }
 }
 
@@ -194,13 +213,17 @@ int main() {
   unsigned seed = 0;
   for (Activation activation :
        {Activation::gelu, Activation::gelu_tanh, Activation::relu, Activation::silu}) {
-    against_loops({{}, 2, 4, 8, 2, activation}, ++seed);
-    against_loops({{3, 0, 1, 7}, 2, 16, 48, 3, activation}, ++seed);
-    against_loops({{9, 30, 1, 44, 12, 17}, 3, 5, 33, 2, activation}, ++seed);
+    for (const WeightType type : {WeightType::float32, WeightType::bfloat16}) {
+      against_loops({{}, 2, 4, 8, 2, activation, type}, ++seed);
+      against_loops({{3, 0, 1, 7}, 2, 16, 48, 3, activation, type}, ++seed);
+      against_loops({{9, 30, 1, 44, 12, 17}, 3, 5, 33, 2, activation, type}, ++seed);  // odd widths
+    }
   }
   against_loops({{1, 700}, 1, 16, 16, 1, Activation::gelu}, ++seed);  // more keys than one block
   against_loops({std::vector<int32_t>(20, 11), 2, 8, 1100, 1, Activation::gelu}, ++seed);
-  against_loops({std::vector<int32_t>(45, 12), 2, 8, 24, 4, Activation::silu}, ++seed);  // flows on 3 threads
+  for (const WeightType type : {WeightType::float32, WeightType::bfloat16})  // flows on 3 threads
+    against_loops({std::vector<int32_t>(45, 12), 2, 8, 24, 4, Activation::silu, type}, ++seed);
+  against_loops({{300}, 3, 5, 33, 1, Activation::gelu, WeightType::bfloat16}, ++seed);  // shared by rows
   dispatch_problems();
   return dynplan::test::finish("conditional_encoder_layer");
 }

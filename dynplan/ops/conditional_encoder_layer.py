@@ -255,17 +255,26 @@ def attend_packed(
     return context.transpose(1, 2).reshape(sequences * longest, -1).index_select(0, slots)
 
 
-@torch.library.register_fake("dynplan::pack_encoder_weights")
-def _pack_encoder_weights_fake(weights: list[Tensor]) -> Tensor:
+def packed_bytes(h: int, i: int, pairs: bool) -> int:
+    """Size of a CPU's blob of weights in float32, or in bfloat16, two to a lane: PackedLayout of
+    kernels/encoder/packed_weights.h, a header of 64 bytes and panels of 16 columns."""
+
     def padded(size):
         return (size + 15) // 16 * 16
 
+    def steps(depth):
+        return (depth + 1) // 2 if pairs else depth
+
+    lanes = (padded(3 * h) + padded(h) + padded(i)) * (steps(h) + 1) + padded(h) * (steps(i) + 5)
+    return 64 + 4 * lanes
+
+
+@torch.library.register_fake("dynplan::pack_encoder_weights")
+def _pack_encoder_weights_fake(weights: list[Tensor]) -> Tensor:
     if weights[0].is_cuda:
         return weights[0].new_empty((sum(w.numel() for w in weights),))
-    # kernels/encoder/packed_weights.h: a header of 64 bytes, then panels of 16 columns
-    h, i = weights[2].shape[0], weights[6].shape[0]
-    floats = (padded(3 * h) + padded(h) + padded(i)) * (h + 1) + padded(h) * (i + 5)
-    return weights[0].new_empty((64 + 4 * floats,), dtype=torch.uint8)
+    size = packed_bytes(weights[2].shape[0], weights[6].shape[0], pairs=False)
+    return weights[0].new_empty((size,), dtype=torch.uint8)
 
 
 @torch.library.register_fake("dynplan::conditional_encoder_layer")

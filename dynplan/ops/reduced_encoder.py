@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from dynplan._library import find_op
-from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
+from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, packed_bytes
 
 _pack_reduced_encoder_weights = find_op("pack_reduced_encoder_weights")
-_multiplies_bfloat16 = find_op("_multiplies_bfloat16")
 
 REDUCED_DTYPES = ("bfloat16", "int8")
 
@@ -23,8 +22,11 @@ def pack_reduced_encoder_weights(weights: EncoderLayerWeights, dtype: str) -> Te
     without zero points). Where the CPU lacks VNNI instructions sums of such integers would clip, and weights
     get 64 levels instead of 127.
 
-    bfloat16 rounds weights, the rows that meet them and the product. Where the CPU does not multiply bfloat16
-    itself only weights are rounded, and the products are float32's: as fast as those, and more exact.
+    bfloat16 rounds weights and, where the CPU multiplies bfloat16 itself (AVX512-BF16), the rows that meet
+    them; sums are float32. Elsewhere rows stay float32 and weights are widened on the way: half of the memory
+    to read, and more exact.
+
+    Either way the bits of a sample depend neither on the rest of the batch nor on the number of threads.
 
     Args:
         weights: as for :func:`~dynplan.ops.pack_encoder_weights`, float32 or bfloat16, on CPU. The result
@@ -37,10 +39,7 @@ def pack_reduced_encoder_weights(weights: EncoderLayerWeights, dtype: str) -> Te
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the text names the argument.
     """
-    tensors = [w.detach() for w in weights]
-    if dtype == "bfloat16" and not _multiplies_bfloat16():
-        return pack_encoder_weights(EncoderLayerWeights(*(w.bfloat16() for w in tensors)))
-    return _pack_reduced_encoder_weights(tensors, dtype)
+    return _pack_reduced_encoder_weights([w.detach() for w in weights], dtype)
 
 
 @torch.library.register_fake("dynplan::pack_reduced_encoder_weights")
@@ -49,15 +48,16 @@ def _pack_reduced_encoder_weights_fake(weights: list[Tensor], dtype: str) -> Ten
         dtype in REDUCED_DTYPES,
         lambda: f"pack_reduced_encoder_weights: expected dtype to be int8 or bfloat16, got {dtype}",
     )
-    # kernels/reduced_encoder.h: a header of 64 bytes, then sections that each start on 64
-    size = 1 if dtype == "int8" else 2
+    h, i = weights[2].shape[0], weights[6].shape[0]
+    if dtype == "bfloat16":
+        return weights[0].new_empty((packed_bytes(h, i, pairs=True),), dtype=torch.uint8)
 
+    # ReducedLayout of kernels/encoder/packed_weights.h: a header of 64 bytes, then sections of such multiples
     def section(length):
         return (length + 63) // 64 * 64
 
     def matrix(columns, depth):
-        return section(size * columns * depth) + 2 * section(4 * columns)
+        return section(columns * depth) + 2 * section(4 * columns)
 
-    h, i = weights[2].shape[0], weights[6].shape[0]
     length = 64 + matrix(3 * h, h) + matrix(h, h) + matrix(i, h) + matrix(h, i) + 4 * section(4 * h)
     return weights[0].new_empty((length,), dtype=torch.uint8)

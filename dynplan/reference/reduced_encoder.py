@@ -6,7 +6,7 @@ The layer is that of :mod:`dynplan.reference.conditional_encoder_layer`; its fou
     int8      y[r, n] = s[r] t[n] sum_k a[r, k] w[n, k] + bias[n]
               s[r] = max |x[r]| / 127,       a[r] = round(x[r] / s[r])     for every product anew
               t[n] = max |W[n]| / levels,    w[n] = round(W[n] / t[n])
-    bfloat16  y = bfloat16(bfloat16(x) bfloat16(W)^T) + bias
+    bfloat16  y = bfloat16(x) bfloat16(W)^T + bias, or x bfloat16(W)^T + bias where rows are not rounded
 
 and everything between them is float32.
 """
@@ -34,14 +34,19 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor, levels: int = 127) -> T
     return (a @ w.T).to(x.dtype) * row_scale * channel_scale.T + bias
 
 
-def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x weight^T + bias`` of operands and product rounded to bfloat16."""
-    rounded = x.bfloat16().to(x.dtype) @ weight.bfloat16().to(x.dtype).T
-    return rounded.bfloat16().to(x.dtype) + bias
+def bfloat16_linear(x: Tensor, weight: Tensor, bias: Tensor, rounds_rows: bool = True) -> Tensor:
+    """``x weight^T + bias`` of operands rounded to bfloat16, the weight alone or both."""
+    rows = x.bfloat16().to(x.dtype) if rounds_rows else x
+    return rows @ weight.bfloat16().to(x.dtype).T + bias
 
 
-def reduced_encoder(hidden: Tensor, dispatch, weights, *shape, dtype: str, levels: int = 127) -> Tensor:
+def reduced_encoder(
+    hidden: Tensor, dispatch, weights, *shape, dtype: str, levels: int = 127, rounds_rows: bool = True
+) -> Tensor:
     """All layers of an upfront plan; ``weights`` in full, ``dtype`` of the products, ``levels`` of int8
-    weights."""
-    linear = bfloat16_linear if dtype == "bfloat16" else partial(int8_linear, levels=levels)
+    weights, and whether bfloat16 rounds rows too."""
+    if dtype == "bfloat16":
+        linear = partial(bfloat16_linear, rounds_rows=rounds_rows)
+    else:
+        linear = partial(int8_linear, levels=levels)
     return conditional_encoder(hidden, dispatch, weights, *shape, linear=linear)

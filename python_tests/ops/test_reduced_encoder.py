@@ -13,7 +13,6 @@ from ops.test_conditional_encoder_layer import ACTIVATIONS, cast, draw_inputs
 
 from dynplan import _native
 from dynplan.ops import (
-    EncoderLayerWeights,
     build_dispatch,
     conditional_encoder,
     conditional_encoder_layer,
@@ -25,9 +24,7 @@ from dynplan.reference.reduced_encoder import int8_linear, quantize, reduced_enc
 
 DTYPES = ["int8", "bfloat16"]
 LEVELS = torch.ops.dynplan._int8_weight_levels()
-multiplies_bfloat16 = pytest.mark.skipif(
-    not torch.ops.dynplan._multiplies_bfloat16(), reason="needs a CPU that multiplies bfloat16"
-)
+ROUNDS_ROWS = torch.ops.dynplan._multiplies_bfloat16()
 
 
 def pack(weights, dtype):
@@ -60,13 +57,16 @@ def test_equals_reference(lengths, heads, head_width, intermediate, activation, 
     ours = conditional_encoder(hidden, dispatch, None, heads, activation, packed_weights=pack(weights, dtype))
     bypassed = ~keep.any(1).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
     assert ours.dtype == rows_dtype and torch.equal(ours[bypassed], hidden[bypassed])
-    if dtype == "bfloat16" and not torch.ops.dynplan._multiplies_bfloat16():
-        rounded = [EncoderLayerWeights(*(w.bfloat16().float() for w in layer)) for layer in weights]
-        theirs = full_precision.conditional_encoder(hidden.float(), dispatch, rounded, heads, activation)
-    else:
-        theirs = reduced_encoder(
-            hidden.float(), dispatch, weights, heads, activation, dtype=dtype, levels=LEVELS
-        )
+    theirs = reduced_encoder(
+        hidden.float(),
+        dispatch,
+        weights,
+        heads,
+        activation,
+        dtype=dtype,
+        levels=LEVELS,
+        rounds_rows=ROUNDS_ROWS,
+    )
     # Where a number lies between two steps the last bit of a sum decides, so a few rows may differ by a step.
     error = (ours.float() - theirs).abs().flatten()
     assert error.quantile(0.5) <= (2e-6 if rows_dtype == torch.float32 else 2e-2) if len(error) else True
@@ -93,10 +93,11 @@ def test_bits_depend_on_no_thread(dtype):
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_bits_of_int8_depend_on_nothing_but_the_sample():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_depend_on_nothing_but_the_sample(dtype):
     lengths = [5, 40, 1, 33, 64, 20, 90]
     hidden, keep, dispatch, weights = draw_inputs(lengths, 48, 96, 3, 6)
-    packed = pack(weights, "int8")
+    packed = pack(weights, dtype)
     together = conditional_encoder(hidden, dispatch, None, 4, packed_weights=packed)
     begin = 0
     for sample, length in enumerate(lengths):
@@ -177,25 +178,46 @@ def test_weights_errors():
     with pytest.raises(ValueError, match=name + r"up_bias to have shape \[20\], got \[8\]"):
         pack_reduced_encoder_weights(weights._replace(up_bias=torch.zeros(8)), "int8")
     _, _, _, [thin] = draw_inputs([1], 8, 1, 1, 0)
-    with pytest.raises(ValueError, match=name + "sizes of at least 2, got H = 8, I = 1"):
+    with pytest.raises(ValueError, match=name + "sizes of at least 2 for int8, got H = 8, I = 1"):
         pack_reduced_encoder_weights(thin, "int8")
 
 
-@multiplies_bfloat16
 def test_blobs_that_do_not_belong():
     hidden, _, _, [weights, other] = draw_inputs([2, 1], 8, 4, 2, 0)
     dispatch = build_dispatch(torch.ones(2, 2).bool(), torch.tensor([0, 2, 3]).int(), 3)
     [int8], [bfloat16], full = pack([weights], "int8"), pack([other], "bfloat16"), pack_encoder_weights(other)
     for blobs, text in [
-        ([int8, bfloat16], "pack_reduced_encoder_weights of this version, one dtype"),
-        ([int8, full], "pack_reduced_encoder_weights"),
-        ([full, int8], "pack_encoder_weights of this version"),
-        ([int8[:-64], int8], "pack_reduced_encoder_weights"),
+        ([int8, bfloat16], "one feed-forward width and one type, got 4 and 4 of types int8 and bfloat16"),
+        ([int8, full], "one feed-forward width and one type, got 4 and 4 of types int8 and float32"),
+        ([full, bfloat16], "one feed-forward width and one type, got 4 and 4 of types float32 and bfloat16"),
+        ([int8[:-64], int8], rf"to have {len(int8)} bytes, got {len(int8) - 64}"),
+        ([int8[64:], int8], "to come from pack_encoder_weights or pack_reduced_encoder_weights"),
     ]:
-        with pytest.raises(
-            ValueError, match="conditional_encoder: expected packed_weights to come from " + text
-        ):
+        with pytest.raises(ValueError, match="conditional_encoder: expected packed_weights (of )?" + text):
             conditional_encoder(hidden, dispatch, None, 2, packed_weights=blobs)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_equals_op(dtype, isa):
+    """On every instruction set; bfloat16's rows are rounded by one of them alone."""
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(_native.cpu_features()["best_isa"]):
+        pytest.skip(f"needs a CPU with {isa}")
+    hidden, _, dispatch, weights = draw_inputs([5, 30, 0, 9], 24, 31, 2, 4)
+    packed = [_native.pack_encoder_weights([w.numpy() for w in layer], dtype) for layer in weights]
+    native = torch.from_numpy(
+        _native.conditional_encoder(
+            hidden.numpy(), *(x.numpy() for x in dispatch), packed, 3, "gelu", 1e-12, isa
+        )
+    )
+    ours = conditional_encoder(hidden, dispatch, None, 3, packed_weights=pack(weights, dtype))
+    assert (native - ours).norm() < 0.02 * ours.norm()
+    if dtype == "bfloat16":
+        for blob, layer in zip(packed, weights, strict=True):
+            assert torch.equal(torch.from_numpy(blob), pack_reduced_encoder_weights(layer, dtype))
+    with pytest.raises(ValueError, match="expected dtype to be float32, bfloat16 or int8, got int4"):
+        _native.pack_encoder_weights([w.numpy() for w in weights[0]], "int4")
 
 
 EXTREMES = """

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 
 #include "kernels/encoder/packed_weights.h"
@@ -51,26 +52,60 @@ inline int64_t check_dispatch(const DispatchView& d, std::string& problem) {
   return most;
 }
 
-// The feed-forward width of a blob for layers of width `hidden_size`, or -1 with `problem` set.
-inline int64_t check_packed(const void* blob, int64_t bytes, int64_t hidden_size, std::string& problem) {
+struct PackedShape {
+  WeightType type;
+  int64_t intermediate_size;
+  bool operator==(const PackedShape&) const = default;
+};
+
+// What a blob for layers of width `hidden_size` holds; nothing, with `problem` set, if it is not one.
+inline std::optional<PackedShape> check_packed(const void* blob, int64_t bytes, int64_t hidden_size,
+                                               std::string& problem) {
   PackedHeader header = {};
   if (bytes >= static_cast<int64_t>(sizeof(header))) std::memcpy(&header, blob, sizeof(header));
-  if (header.magic != kPackedMagic || header.version != kPackedVersion || header.intermediate_size <= 0 ||
-      header.intermediate_size > bytes) {
-    problem = "packed_weights to come from pack_encoder_weights of this version, got other bytes";
-    return -1;
+  const bool known = header.type == WeightType::float32 || header.type == WeightType::bfloat16 ||
+                     header.type == WeightType::int8;
+  if (header.magic != kPackedMagic || header.version != kPackedVersion || !known ||
+      header.intermediate_size <= 0 || header.intermediate_size > bytes) {
+    problem =
+        "packed_weights to come from pack_encoder_weights or pack_reduced_encoder_weights of this version, "
+        "got "
+        "other bytes";
+    return std::nullopt;
   }
   if (header.hidden_size != hidden_size) {
     problem = "packed_weights of width " + std::to_string(hidden_size) + ", got " +
               std::to_string(header.hidden_size);
-    return -1;
+    return std::nullopt;
   }
-  const int64_t expected = PackedLayout(hidden_size, header.intermediate_size).bytes();
+  const int64_t expected = header.type == WeightType::int8
+                               ? ReducedLayout(hidden_size, header.intermediate_size).bytes
+                               : PackedLayout(header.type, hidden_size, header.intermediate_size).bytes();
   if (bytes != expected) {
     problem = "packed_weights to have " + std::to_string(expected) + " bytes, got " + std::to_string(bytes);
-    return -1;
+    return std::nullopt;
   }
-  return header.intermediate_size;
+  return PackedShape{header.type, header.intermediate_size};
+}
+
+// The one shape of all layers' blobs, pairs of address and bytes; nothing, with `problem` set, where they
+// differ.
+template <class Blobs>
+std::optional<PackedShape> check_all_packed(const Blobs& blobs, int64_t hidden_size, std::string& problem) {
+  std::optional<PackedShape> shape;
+  for (const auto& [blob, bytes] : blobs) {
+    const std::optional<PackedShape> found = check_packed(blob, bytes, hidden_size, problem);
+    if (!found) return std::nullopt;
+    if (shape && shape != found) {
+      problem = "packed_weights of one feed-forward width and one type, got " +
+                std::to_string(shape->intermediate_size) + " and " +
+                std::to_string(found->intermediate_size) + " of types " + name(shape->type) + " and " +
+                name(found->type);
+      return std::nullopt;
+    }
+    shape = found;
+  }
+  return shape.value_or(PackedShape{WeightType::float32, 0});
 }
 
 }  // namespace dynplan::kernels

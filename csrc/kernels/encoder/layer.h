@@ -4,6 +4,7 @@
 
 #include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/attention.h"
+#include "kernels/encoder/pairs.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
@@ -18,8 +19,9 @@ struct Layer {
 };
 
 inline Layer layer_of(const ConditionalEncoderParams& p, int64_t index) {
+  const WeightType type = static_cast<const PackedHeader*>(p.packed[index])->type;
   return {p,
-          PackedLayout(p.hidden_size, p.intermediate_size),
+          PackedLayout(type, p.hidden_size, p.intermediate_size),
           reinterpret_cast<const float*>(static_cast<const char*>(p.packed[index]) + sizeof(PackedHeader)),
           p.rows + index * p.capacity,
           p.cu_seqlens + index * (p.samples + 1),
@@ -107,49 +109,55 @@ inline void gather_rows(const Layer& l, int64_t begin, int64_t rows, float* x) {
   for (int64_t r = 0; r < rows; ++r) gather_row(l, begin + r, x + r * l.row_step);
 }
 
+// The left side of a product: rows of a hidden-wide or QKV buffer, or of the feed-forward.
+inline Operand operand(const Layer& l, int64_t rows, const float* x, int64_t step) {
+  return Operand(l.at.type, rows, l.p.hidden_size, x, step);
+}
+inline Operand up_operand(const Layer& l, int64_t rows, const float* up) {
+  return Operand(l.at.type, rows, l.p.intermediate_size, up, l.up_step);
+}
+
 // The four products of a layer on `rows` rows, panels [first, last) of each. x, y: hidden-wide buffers.
 
-inline void project_qkv(const Layer& l, int64_t rows, const float* x, float* qkv, int64_t first,
+inline void project_qkv(const Layer& l, int64_t rows, const Operand& x, float* qkv, int64_t first,
                         int64_t last) {
   const PhaseTimer timer(l.p.phases, Phase::qkv);
-  const int64_t h = l.p.hidden_size;
-  multiply(rows, h, x, l.row_step, {l.weights + l.at.qkv, kPanel, h * kPanel}, first, last,
-           {l.weights + l.at.qkv_bias, 0}, qkv, l.qkv_step, kNoFinish);
+  multiply_packed(l.at.type, rows, l.p.hidden_size, x, l.weights + l.at.qkv, first, last,
+                  l.weights + l.at.qkv_bias, qkv, l.qkv_step, kNoFinish);
 }
 
 // y = x + Wo context + bo
-inline void project_context(const Layer& l, int64_t rows, const float* context, const float* x, float* y,
+inline void project_context(const Layer& l, int64_t rows, const Operand& context, const float* x, float* y,
                             int64_t first, int64_t last) {
   const PhaseTimer timer(l.p.phases, Phase::output);
-  const int64_t h = l.p.hidden_size, step = l.row_step;
-  multiply(rows, h, context, l.qkv_step, {l.weights + l.at.output, kPanel, h * kPanel}, first, last,
-           {l.weights + l.at.output_bias, 0}, y, step,
-           [=](int64_t row, int count, int64_t column, int64_t columns) {
-             add_tile(y + row * step + column, step, x + row * step + column, step, count, columns);
-           });
+  const int64_t step = l.row_step;
+  multiply_packed(l.at.type, rows, l.p.hidden_size, context, l.weights + l.at.output, first, last,
+                  l.weights + l.at.output_bias, y, step,
+                  [=](int64_t row, int count, int64_t column, int64_t columns) {
+                    add_tile(y + row * step + column, step, x + row * step + column, step, count, columns);
+                  });
 }
 
 // up = act(W1 y + b1)
-inline void expand(const Layer& l, int64_t rows, const float* y, float* up, int64_t first, int64_t last) {
+inline void expand(const Layer& l, int64_t rows, const Operand& y, float* up, int64_t first, int64_t last) {
   const PhaseTimer timer(l.p.phases, Phase::up);
-  const int64_t h = l.p.hidden_size;
-  multiply(rows, h, y, l.row_step, {l.weights + l.at.up, kPanel, h * kPanel}, first, last,
-           {l.weights + l.at.up_bias, 0}, up, l.up_step,
-           [&](int64_t row, int count, int64_t column, int64_t columns) {
-             activate_tile(l.p.activation, up + row * l.up_step + column, l.up_step, count, columns);
-           });
+  multiply_packed(l.at.type, rows, l.p.hidden_size, y, l.weights + l.at.up, first, last,
+                  l.weights + l.at.up_bias, up, l.up_step,
+                  [&](int64_t row, int count, int64_t column, int64_t columns) {
+                    activate_tile(l.p.activation, up + row * l.up_step + column, l.up_step, count, columns);
+                  });
 }
 
 // x = y + W2 up + b2
-inline void contract(const Layer& l, int64_t rows, const float* up, const float* y, float* x, int64_t first,
+inline void contract(const Layer& l, int64_t rows, const Operand& up, const float* y, float* x, int64_t first,
                      int64_t last) {
   const PhaseTimer timer(l.p.phases, Phase::down);
-  const int64_t i = l.p.intermediate_size, step = l.row_step;
-  multiply(rows, i, up, l.up_step, {l.weights + l.at.down, kPanel, i * kPanel}, first, last,
-           {l.weights + l.at.down_bias, 0}, x, step,
-           [=](int64_t row, int count, int64_t column, int64_t columns) {
-             add_tile(x + row * step + column, step, y + row * step + column, step, count, columns);
-           });
+  const int64_t step = l.row_step;
+  multiply_packed(l.at.type, rows, l.p.intermediate_size, up, l.weights + l.at.down, first, last,
+                  l.weights + l.at.down_bias, x, step,
+                  [=](int64_t row, int count, int64_t column, int64_t columns) {
+                    add_tile(x + row * step + column, step, y + row * step + column, step, count, columns);
+                  });
 }
 
 inline void first_norm(const Layer& l, int64_t rows, float* y) {
@@ -175,10 +183,10 @@ inline void finish_rows(const Layer& l, int64_t begin, int64_t rows, const float
                         float* up) {
   const int64_t panels = round_up(l.p.hidden_size, kPanel) / kPanel;
   const int64_t up_panels = round_up(l.p.intermediate_size, kPanel) / kPanel;
-  project_context(l, rows, qkv, x, y, 0, panels);
+  project_context(l, rows, operand(l, rows, qkv, l.qkv_step), x, y, 0, panels);
   first_norm(l, rows, y);
-  expand(l, rows, y, up, 0, up_panels);
-  contract(l, rows, up, y, x, 0, panels);
+  expand(l, rows, operand(l, rows, y, l.row_step), up, 0, up_panels);
+  contract(l, rows, up_operand(l, rows, up), y, x, 0, panels);
   second_norm_and_scatter(l, begin, rows, x);
 }
 

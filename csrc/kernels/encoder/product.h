@@ -51,37 +51,41 @@ struct TileArguments {
   Ahead ahead;
 };
 
-template <int kRows, int kPanels>
-void tile(const TileArguments& t) {
-  constexpr int kPerPanel = kPanel / kLanes;
-  constexpr int kVectors = kPanels * kPerPanel;
-  Vec sums[kRows][kVectors];
+// How a tile is computed where panels are float32; encoder/pairs.h has others.
+struct FloatTile {
+  template <int kRows, int kPanels>
+  static void run(const TileArguments& t) {
+    constexpr int kPerPanel = kPanel / kLanes;
+    constexpr int kVectors = kPanels * kPerPanel;
+    Vec sums[kRows][kVectors];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v)
-      sums[r][v] = t.start.data != nullptr ? load(t.start.data + r * t.start.row_step + v * kLanes) : Vec{};
-  const float* a = t.a;
-  const float* b = t.b.data;
-  const char* ahead = t.ahead.data;
-  const int64_t a_step = t.a_step, b_step = t.b.step, b_stride = t.b.stride, ahead_step = t.ahead.step;
-  for (int64_t k = t.depth; k > 0; --k, ++a, b += b_step, ahead += ahead_step) {
-    __builtin_prefetch(ahead);
-    Vec right[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      right[v] = load(b + (v / kPerPanel) * b_stride + (v % kPerPanel) * kLanes);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        sums[r][v] = t.start.data != nullptr ? load(t.start.data + r * t.start.row_step + v * kLanes) : Vec{};
+    const float* a = t.a;
+    const float* b = t.b.data;
+    const char* ahead = t.ahead.data;
+    const int64_t a_step = t.a_step, b_step = t.b.step, b_stride = t.b.stride, ahead_step = t.ahead.step;
+    for (int64_t k = t.depth; k > 0; --k, ++a, b += b_step, ahead += ahead_step) {
+      __builtin_prefetch(ahead);
+      Vec right[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        right[v] = load(b + (v / kPerPanel) * b_stride + (v % kPerPanel) * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const float left = a[r * a_step];
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
+      for (int r = 0; r < kRows; ++r) {
+        const float left = a[r * a_step];
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
+      }
     }
-  }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-    for (int v = 0; v < kVectors; ++v) store(t.c + r * t.c_step + v * kLanes, sums[r][v]);
-}
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) store(t.c + r * t.c_step + v * kLanes, sums[r][v]);
+  }
+};
 
 using Tile = void (*)(const TileArguments&);
 
+template <class Kernel>
 struct TileTable {
   Tile tiles[kTilePanels][kTileRows];  // [panels - 1][rows - 1]
 
@@ -91,10 +95,11 @@ struct TileTable {
   }
   template <int kPanels, int... kRow>
   constexpr void fill(std::integer_sequence<int, kRow...>) {
-    ((tiles[kPanels - 1][kRow] = &tile<kRow + 1, kPanels>), ...);
+    ((tiles[kPanels - 1][kRow] = &Kernel::template run<kRow + 1, kPanels>), ...);
   }
 };
-inline constexpr TileTable kTiles;
+template <class Kernel>
+inline constexpr TileTable<Kernel> kTiles;
 
 // `rows` cut into tiles of at most kTileRows, as even as can be: a tile of one row would spend its time
 // waiting on its own sums.
@@ -119,17 +124,21 @@ inline Ahead next_panels(int64_t rows, const Panels& b, int64_t next, int64_t la
   return {reinterpret_cast<const char*>(b.data + next * b.stride), pays ? bytes : 0};
 }
 
-// Panels [first, last) of c = start + a b; finish(row, rows, column, columns) is called on each tile of c as
-// soon as it is stored, while it is in the first-level cache.
-template <class Finish>
+// Panels [first, last) of c = start + a b, in tiles of Kernel; finish(row, rows, column, columns) is called
+// on each tile of c as soon as it is stored, while it is in the first-level cache. after: what the last
+// panels' tiles ask for.
+template <class Kernel = FloatTile, class Finish>
 void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_step, Panels b, int64_t first,
-              int64_t last, Start start, float* c, int64_t c_step, Finish finish) {
+              int64_t last, Start start, float* c, int64_t c_step, Finish finish,
+              Ahead after = {nullptr, 0}) {
   for (int64_t panel = first; panel < last;) {
     const int panels = last - panel >= kTilePanels ? kTilePanels : 1;
     const int64_t column = panel * kPanel;
-    Ahead ahead = next_panels(rows, b, panel + panels, last, panels);
+    Ahead ahead = panel + panels < last || after.data == nullptr
+                      ? next_panels(rows, b, panel + panels, last, panels)
+                      : after;
     for_row_tiles(rows, [&](int64_t row, int count) {
-      kTiles.tiles[panels - 1][count - 1](
+      kTiles<Kernel>.tiles[panels - 1][count - 1](
           {depth,
            a + row * a_step,
            a_step,

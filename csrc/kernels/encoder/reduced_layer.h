@@ -1,4 +1,4 @@
-// The encoder layer round products in int8 or bfloat16 (reduced_encoder.h), in two ways:
+// The encoder layer round products in int8 (reduced_encoder.h), in two ways:
 //
 //   by rows   many rows: a range owns blocks of rows and carries each through the products of the layer; a
 //             product runs on the range's own thread, and what it leaves stays in the second-level cache.
@@ -20,77 +20,50 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 // cost 5 to 10 %, 256 gain nothing.
 constexpr int64_t kReducedRows = 192;
 
-// With so many threads that blocks would run out, int8 has smaller ones, down to this. Not bfloat16, whose
-// sums may depend on the shape of the product.
+// With so many threads that blocks would run out they are smaller, down to this.
 constexpr int64_t kReducedLeastRows = 64;
 
 typedef int8_t ByteVec __attribute__((vector_size(kLanes), aligned(1), may_alias));
-typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-struct Int8 {
-  using Element = int8_t;
-  using Sum = int32_t;
-  static constexpr ReducedDtype kDtype = ReducedDtype::int8;
-  static constexpr bool kExact = true;  // sums are the same in any order
-
-  // Returns the row's scale. A row with NaN or infinity in it gets such a scale.
-  static float encode(const float* x, int64_t n, int8_t* out) {
-    // 1.5 * 2^23: the low byte of a sum with it is the integer nearest to what was added.
-    constexpr float kRound = 12582912.f;
-    const int64_t whole = n / kLanes * kLanes;
-    // Magnitudes compare as integers as they do as floats, and NaN is larger than all of them.
-    IntVec lanes{};
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const IntVec magnitude = *reinterpret_cast<const IntVec*>(x + i) & 0x7fffffff;
-      lanes = magnitude > lanes ? magnitude : lanes;
-    }
-    int32_t bits = 0;
-    for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
-    for (int64_t i = whole; i < n; ++i) {
-      int32_t magnitude;
-      std::memcpy(&magnitude, x + i, 4);
-      magnitude &= 0x7fffffff;
-      bits = magnitude > bits ? magnitude : bits;
-    }
-    float most;
-    std::memcpy(&most, &bits, 4);
-    const bool nothing = most < kReducedSmallest;
-    const float step = nothing ? 0.f : kRowLevels / most;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      const Vec rounded = load(x + i) * step + kRound;
-      *reinterpret_cast<ByteVec*>(out + i) =
-          __builtin_convertvector(reinterpret_cast<const IntVec&>(rounded), ByteVec);
-    }
-    for (int64_t i = whole; i < n; ++i) {
-      const float rounded = x[i] * step + kRound;
-      std::memcpy(out + i, &rounded, 1);  // little-endian, as every CPU this is built for
-    }
-    return nothing ? 0.f : most / kRowLevels;
+// Returns the row's scale. A row with NaN or infinity in it gets such a scale.
+inline float encode_row(const float* x, int64_t n, int8_t* out) {
+  // 1.5 * 2^23: the low byte of a sum with it is the integer nearest to what was added.
+  constexpr float kRound = 12582912.f;
+  const int64_t whole = n / kLanes * kLanes;
+  // Magnitudes compare as integers as they do as floats, and NaN is larger than all of them.
+  IntVec lanes{};
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const IntVec magnitude = *reinterpret_cast<const IntVec*>(x + i) & 0x7fffffff;
+    lanes = magnitude > lanes ? magnitude : lanes;
   }
-
-  static Vec decode(const int32_t* sums, float row_scale, const float* scales) {
-    const IntVec whole = *reinterpret_cast<const IntVec*>(sums);
-    return __builtin_convertvector(whole, Vec) * (row_scale * load(scales));
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = lanes[i] > bits ? lanes[i] : bits;
+  for (int64_t i = whole; i < n; ++i) {
+    int32_t magnitude;
+    std::memcpy(&magnitude, x + i, 4);
+    magnitude &= 0x7fffffff;
+    bits = magnitude > bits ? magnitude : bits;
   }
-};
-
-struct BFloat16Products {
-  using Element = BFloat16;
-  using Sum = BFloat16;
-  static constexpr ReducedDtype kDtype = ReducedDtype::bfloat16;
-  static constexpr bool kExact = false;
-
-  static float encode(const float* x, int64_t n, BFloat16* out) {
-    for (int64_t i = 0; i < n; ++i) out[i] = to_bfloat16(x[i]);
-    return 1.f;
+  float most;
+  std::memcpy(&most, &bits, 4);
+  const bool nothing = most < kReducedSmallest;
+  const float step = nothing ? 0.f : kRowLevels / most;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    const Vec rounded = load(x + i) * step + kRound;
+    *reinterpret_cast<ByteVec*>(out + i) =
+        __builtin_convertvector(reinterpret_cast<const IntVec&>(rounded), ByteVec);
   }
-
-  static Vec decode(const BFloat16* sums, float, const float*) {
-    const BitVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(sums), BitVec) << 16;
-    return reinterpret_cast<const Vec&>(bits);
+  for (int64_t i = whole; i < n; ++i) {
+    const float rounded = x[i] * step + kRound;
+    std::memcpy(out + i, &rounded, 1);  // little-endian, as every CPU this is built for
   }
-};
+  return nothing ? 0.f : most / kRowLevels;
+}
+
+inline Vec decode_vector(const int32_t* sums, float row_scale, const float* scales) {
+  const IntVec whole = *reinterpret_cast<const IntVec*>(sums);
+  return __builtin_convertvector(whole, Vec) * (row_scale * load(scales));
+}
 
 // Hands out [0, units) in pieces that shrink towards the end, as Member does.
 template <class Body>
@@ -123,7 +96,6 @@ inline float* thread_line(int64_t floats) {
   return scratch.at_least(floats);
 }
 
-template <class F>
 struct ReducedLayer {
   Layer rows;
   ReducedLayout at;
@@ -137,19 +109,15 @@ struct ReducedLayer {
 };
 
 // Consecutive active rows on their way through a layer, and who works on them.
-template <class F>
 struct Block {
-  using Element = typename F::Element;
-  using Sum = typename F::Sum;
-
-  const ReducedLayer<F>& l;
+  const ReducedLayer& l;
   int64_t begin, count;
   int64_t workers;
   Parallel parallel;
-  float *x, *y;      // (count, row_step): the layer's input, and the state after its first norm
-  float* scales;     // (count): of the encoded rows
-  Element* operand;  // (count, depth): encoded rows, dense
-  Sum* sums;         // (count, columns), dense: what a product leaves
+  float *x, *y;     // (count, row_step): the layer's input, and the state after its first norm
+  float* scales;    // (count): of the encoded rows
+  int8_t* operand;  // (count, depth): encoded rows, dense
+  int32_t* sums;    // (count, columns), dense: what a product leaves
 
   template <class Body>
   void each_row(Body body) const {
@@ -159,23 +127,23 @@ struct Block {
   }
 
   void encode(int64_t r, const float* row, int64_t width) const {
-    scales[r] = F::encode(row, width, operand + r * width);
+    scales[r] = encode_row(row, width, operand + r * width);
   }
 
   // out = the r-th row of the product, with its bias. Vectors may run past the end, into the padding of
   // `out`.
   void decode(const ReducedMatrix& m, int64_t r, float* out) const {
     const float *channel = l.floats(m.scales), *bias = l.floats(m.bias), scale = scales[r];
-    const Sum* row = sums + r * m.columns;
+    const int32_t* row = sums + r * m.columns;
     for (int64_t i = 0; i < m.columns; i += kLanes)
-      store(out + i, F::decode(row + i, scale, channel + i) + load(bias + i));
+      store(out + i, decode_vector(row + i, scale, channel + i) + load(bias + i));
   }
 
   // The product of the encoded rows with a weight, then finish(r, row) for each row, in any order. A row is
   // decoded into out + r * step, or into a line of the thread's own where out is null.
   template <class Finish>
   void multiply(const ReducedMatrix& m, float* out, int64_t step, Finish finish) const {
-    l.product(count, m.columns, m.depth, operand, l.blob + m.elements, sums);
+    l.product(count, m.columns, m.depth, operand, reinterpret_cast<const int8_t*>(l.blob + m.elements), sums);
     each_row([&](int64_t r) {
       float* row = out != nullptr ? out + r * step : thread_line(buffer_step(m.columns));
       decode(m, r, row);
@@ -232,24 +200,20 @@ constexpr int64_t floats_of(int64_t n) {
 }
 
 // A block on the calling thread alone, its buffers in the thread's scratch.
-template <class F>
-Block<F> own_block(const ReducedLayer<F>& l, int64_t begin, int64_t count) {
-  using Element = typename F::Element;
-  using Sum = typename F::Sum;
-  const int64_t wide = count * l.rows.row_step, operand = floats_of<Element>(count * l.operand_width());
-  float* at =
-      thread_scratch(2 * wide + round_up(count, kPanel) + operand + floats_of<Sum>(count * l.sums_width()));
+inline Block own_block(const ReducedLayer& l, int64_t begin, int64_t count) {
+  const int64_t wide = count * l.rows.row_step, operand = floats_of<int8_t>(count * l.operand_width());
+  float* at = thread_scratch(2 * wide + round_up(count, kPanel) + operand +
+                             floats_of<int32_t>(count * l.sums_width()));
   const auto take = [&at](int64_t floats) { return (at += floats) - floats; };
   float *x = take(wide), *y = take(wide), *scales = take(round_up(count, kPanel));
-  Element* encoded = reinterpret_cast<Element*>(take(operand));
-  return {l, begin, count, 1, serial, x, y, scales, encoded, reinterpret_cast<Sum*>(at)};
+  int8_t* encoded = reinterpret_cast<int8_t*>(take(operand));
+  return {l, begin, count, 1, serial, x, y, scales, encoded, reinterpret_cast<int32_t*>(at)};
 }
 
-template <class F>
-void reduced_by_rows(const ReducedLayer<F>& l, float* qkv, Parallel parallel) {
+inline void reduced_by_rows(const ReducedLayer& l, float* qkv, Parallel parallel) {
   const int64_t active = l.rows.active, workers = l.rows.p.workers;
   int64_t blocks = (active + kReducedRows - 1) / kReducedRows;
-  if (F::kExact && blocks < 2 * workers) {
+  if (blocks < 2 * workers) {
     const int64_t most = (active + kReducedLeastRows - 1) / kReducedLeastRows;
     blocks = most < 2 * workers ? most : 2 * workers;
   }
@@ -257,51 +221,41 @@ void reduced_by_rows(const ReducedLayer<F>& l, float* qkv, Parallel parallel) {
     share_out(blocks, workers, parallel, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = active * b / blocks;
-        const Block<F> block = own_block(l, begin, active * (b + 1) / blocks - begin);
+        const Block block = own_block(l, begin, active * (b + 1) / blocks - begin);
         block.gather();
         body(block);
       }
     });
   };
-  each_block([&](const Block<F>& block) { block.project(qkv); });
+  each_block([&](const Block& block) { block.project(qkv); });
   attend_all(l.rows, qkv, parallel);
-  each_block([&](const Block<F>& block) { block.complete(qkv); });
+  each_block([&](const Block& block) { block.complete(qkv); });
 }
 
-template <class F>
-void reduced_together(const ReducedLayer<F>& l, float* qkv, Parallel parallel) {
-  using Element = typename F::Element;
+inline void reduced_together(const ReducedLayer& l, float* qkv, Parallel parallel) {
   const int64_t count = l.rows.active;
   float* at = qkv + count * l.rows.qkv_step;
   const auto take = [&at](int64_t floats) { return (at += floats) - floats; };
   float *x = take(count * l.rows.row_step), *y = take(count * l.rows.row_step), *scales = take(count);
-  Element* operand = reinterpret_cast<Element*>(take(floats_of<Element>(count * l.operand_width())));
-  const Block<F> block = {l, 0, count,  l.rows.p.workers, parallel,
-                          x, y, scales, operand,          reinterpret_cast<typename F::Sum*>(at)};
+  int8_t* operand = reinterpret_cast<int8_t*>(take(floats_of<int8_t>(count * l.operand_width())));
+  const Block block = {l, 0, count,  l.rows.p.workers, parallel,
+                       x, y, scales, operand,          reinterpret_cast<int32_t*>(at)};
   block.gather();
   block.project(qkv);
   attend_all(l.rows, qkv, parallel);
   block.complete(qkv);
 }
 
-template <class F>
-void reduced_layer(const ConditionalEncoderParams& p, int64_t index, ReducedProduct product,
-                   Parallel parallel) {
-  const ReducedLayer<F> l = {layer_of(p, index), ReducedLayout(F::kDtype, p.hidden_size, p.intermediate_size),
-                             static_cast<const char*>(p.packed[index]), product};
-  if (l.rows.active == 0) return;
-  if (l.rows.active <= kFewRows)
-    reduced_together(l, p.workspace, parallel);
-  else
-    reduced_by_rows(l, p.workspace, parallel);
-}
-
 void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, Parallel parallel) {
-  for (int64_t index = 0; index < p.layers; ++index)
-    if (static_cast<const ReducedHeader*>(p.packed[index])->dtype == ReducedDtype::int8)
-      reduced_layer<Int8>(p, index, product, parallel);
+  for (int64_t index = 0; index < p.layers; ++index) {
+    const ReducedLayer l = {layer_of(p, index), ReducedLayout(p.hidden_size, p.intermediate_size),
+                            static_cast<const char*>(p.packed[index]), product};
+    if (l.rows.active == 0) continue;
+    if (l.rows.active <= kFewRows)
+      reduced_together(l, p.workspace, parallel);
     else
-      reduced_layer<BFloat16Products>(p, index, product, parallel);
+      reduced_by_rows(l, p.workspace, parallel);
+  }
 }
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

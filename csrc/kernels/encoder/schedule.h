@@ -29,6 +29,12 @@ void for_blocks(int64_t begin, int64_t end, int64_t most, Body body) {
   for (int64_t b = 0; b < blocks; ++b) body(begin + rows * b / blocks, begin + rows * (b + 1) / blocks);
 }
 
+// The thread's memory for products of at most `rows` rows with such weights as ask for it.
+inline void reserve_pairs(const ConditionalEncoderParams& p, int64_t rows) {
+  const WeightType type = p.layers > 0 ? layer_of(p, 0).at.type : WeightType::float32;
+  if (type == WeightType::bfloat16) thread_pairs(rows, larger(p.hidden_size, p.intermediate_size));
+}
+
 inline int64_t longest_sequence(const Layer& l) {
   int64_t longest = 0;
   for (int64_t s = 0; s < l.sequences; ++s) longest = larger(longest, l.cu_seqlens[s + 1] - l.cu_seqlens[s]);
@@ -82,7 +88,8 @@ inline void run_by_rows(const Layer& l, Member& member, float* qkv, float* scrat
   member.share_out(tiles, [&](int64_t first, int64_t last) {
     for_blocks(row(first), row(last), kGatherRows, [&](int64_t begin, int64_t end) {
       gather_rows(l, begin, end - begin, scratch);
-      project_qkv(l, end - begin, scratch, qkv + begin * l.qkv_step, 0, qkv_panels);
+      project_qkv(l, end - begin, operand(l, end - begin, scratch, l.row_step), qkv + begin * l.qkv_step, 0,
+                  qkv_panels);
     });
   });
   attend_all(l, member, qkv, scratch);
@@ -114,20 +121,23 @@ inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* sc
       body(first * kTilePanels, last == units ? panels : last * kTilePanels);
     });
   };
+  const int64_t width = l.p.hidden_size;
   member.share_out(rows, [&](int64_t first, int64_t last) {
     gather_rows(l, first, last - first, x + first * l.row_step);
   });
-  over_panels(3 * l.p.hidden_size,
-              [&](int64_t first, int64_t last) { project_qkv(l, rows, x, qkv, first, last); });
+  const Operand input = operand(l, rows, x, l.row_step);
+  over_panels(3 * width, [&](int64_t first, int64_t last) { project_qkv(l, rows, input, qkv, first, last); });
   attend_all(l, member, qkv, scratch);
-  over_panels(l.p.hidden_size,
-              [&](int64_t first, int64_t last) { project_context(l, rows, qkv, x, y, first, last); });
+  const Operand context = operand(l, rows, qkv, l.qkv_step);
+  over_panels(width,
+              [&](int64_t first, int64_t last) { project_context(l, rows, context, x, y, first, last); });
   member.share_out(rows,
                    [&](int64_t first, int64_t last) { first_norm(l, last - first, y + first * l.row_step); });
+  const Operand normed = operand(l, rows, y, l.row_step);
   over_panels(l.p.intermediate_size,
-              [&](int64_t first, int64_t last) { expand(l, rows, y, up, first, last); });
-  over_panels(l.p.hidden_size,
-              [&](int64_t first, int64_t last) { contract(l, rows, up, y, x, first, last); });
+              [&](int64_t first, int64_t last) { expand(l, rows, normed, up, first, last); });
+  const Operand active = up_operand(l, rows, up);
+  over_panels(width, [&](int64_t first, int64_t last) { contract(l, rows, active, y, x, first, last); });
   member.share_out(rows, [&](int64_t first, int64_t last) {
     second_norm_and_scatter(l, first, last - first, x + first * l.row_step);
   });
@@ -141,7 +151,9 @@ inline void run_together(const ConditionalEncoderParams& p, const Team& team, Pa
     floats = larger(floats, by_columns(l) ? scratch_by_columns(l) : scratch_by_rows(l));
   }
   parallel(p.workers, 1, [&](int64_t, int64_t) {
-    float* scratch = thread_scratch(floats);  // first of all: nothing may throw once others wait for us
+    // First of all: nothing may throw once others wait for us.
+    float* scratch = thread_scratch(floats);
+    reserve_pairs(p, larger(larger(kGatherRows, kFewRows), block_rows(p.hidden_size, p.intermediate_size)));
     Member member(team);
     for (int64_t index = 0; index < p.layers; ++index) {
       const Layer l = layer_of(p, index);
@@ -167,7 +179,8 @@ inline void run_piece(const Layer& l, const Piece& piece, int64_t longest, int64
   // One block needs its QKV no more when the feed-forward begins, and has the memory in cache.
   float* up = rows <= most ? qkv : y + most * l.row_step;
   gather_rows(l, begin, rows, x);
-  project_qkv(l, rows, x, qkv, 0, round_up(3 * l.p.hidden_size, kPanel) / kPanel);
+  project_qkv(l, rows, operand(l, rows, x, l.row_step), qkv, 0,
+              round_up(3 * l.p.hidden_size, kPanel) / kPanel);
   {
     const PhaseTimer timer(l.p.phases, Phase::attention);
     const AttentionShape shape = attention_shape(l, longest);
@@ -188,7 +201,9 @@ inline void run_flow(const ConditionalEncoderParams& p, Flow& flow, Parallel par
   const int64_t floats =
       piece_floats(any, flow.rows(), most) + attention_scratch_floats(attention_shape(any, flow.longest()));
   parallel(p.workers, 1, [&](int64_t, int64_t) {
-    float* scratch = thread_scratch(floats);  // first of all: nothing may throw once others wait for us
+    // First of all: nothing may throw once others wait for us.
+    float* scratch = thread_scratch(floats);
+    reserve_pairs(p, larger(flow.rows(), most));
     while (const Piece* piece = flow.take()) {
       wait_until([&] { return flow.is_ready(*piece); });
       run_piece(layer_of(p, piece->layer), *piece, flow.longest(), most, scratch);

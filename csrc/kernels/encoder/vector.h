@@ -14,6 +14,14 @@ constexpr int kLanes = DYNPLAN_VECTOR_BYTES / 4;
 typedef float Vec __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(4), may_alias));
 
+typedef uint32_t BitVec __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(4), may_alias));
+
+inline BitVec load_bits(const float* p) {
+  return *reinterpret_cast<const BitVec*>(p);
+}
+inline Vec as_floats(BitVec bits) {
+  return reinterpret_cast<const Vec&>(bits);
+}
 inline Vec load(const float* p) {
   return *reinterpret_cast<const Vec*>(p);
 }

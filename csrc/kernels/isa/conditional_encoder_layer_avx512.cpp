@@ -1,4 +1,6 @@
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -17,6 +19,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define DYNPLAN_ISA avx512
 #define DYNPLAN_VECTOR_BYTES 64
+#define DYNPLAN_PAIR_INSTRUCTIONS
 #include "kernels/encoder/embed_tokens.h"
 #include "kernels/encoder/reduced_layer.h"
 #include "kernels/encoder/schedule.h"

@@ -3,40 +3,18 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/encoder/checks.h"
 #include "ops/conditional_encoder_layer.h"
 #include "ops/cpu/encoder_phases.h"
-#include "ops/cpu/huge_pages.h"
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/reduced_product.h"
 
 namespace dynplan {
 namespace {
-
-template <class T>
-void pack_into(const std::vector<at::Tensor>& w, EncoderSizes sizes, void* blob) {
-  const auto data = [&](int index) { return static_cast<const T*>(w[index].const_data_ptr()); };
-  kernels::pack_encoder_weights<T>({data(0), data(1), data(2), data(3), data(4), data(5), data(6), data(7),
-                                    data(8), data(9), data(10), data(11)},
-                                   sizes.hidden, sizes.intermediate, blob);
-}
-
-at::Tensor pack_encoder_weights_cpu(at::TensorList weights) {
-  const EncoderSizes sizes = check_pack_encoder_weights("pack_encoder_weights", weights);
-  std::vector<at::Tensor> dense;
-  for (const at::Tensor& weight : weights) dense.push_back(weight.contiguous());
-  const kernels::PackedLayout layout(sizes.hidden, sizes.intermediate);
-  at::Tensor blob = empty_for_weights(layout.bytes());
-  if (weights[0].scalar_type() == at::kFloat)
-    pack_into<float>(dense, sizes, blob.mutable_data_ptr());
-  else
-    pack_into<kernels::BFloat16>(dense, sizes, blob.mutable_data_ptr());
-  return blob;
-}
 
 at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
   const at::Tensor& hidden = call.hidden;
@@ -56,27 +34,23 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
                                                problem);
   TORCH_CHECK_VALUE(most >= 0, op, ": expected ", problem);
   std::vector<at::Tensor> blobs;
+  std::vector<std::pair<const void*, int64_t>> checked;
   std::vector<const void*> packed;
-  int64_t intermediate = 0;
-  std::optional<kernels::ReducedDtype> reduced;
   for (const at::Tensor& blob : call.packed_weights) {
     blobs.push_back(blob.contiguous());
     packed.push_back(blobs.back().const_data_ptr());
-    if (packed.size() == 1) reduced = kernels::reduced_dtype(packed[0], blob.numel());
-    const int64_t width =
-        reduced ? kernels::check_reduced(packed.back(), blob.numel(), *reduced, call.width(), problem)
-                : kernels::check_packed(packed.back(), blob.numel(), call.width(), problem);
-    TORCH_CHECK_VALUE(width >= 0, op, ": expected ", problem);
-    if (intermediate == 0) intermediate = width;
-    TORCH_CHECK_VALUE(width == intermediate, op, ": expected packed_weights of one feed-forward width, got ",
-                      intermediate, " and ", width);
+    checked.emplace_back(packed.back(), blob.numel());
   }
+  const auto shape = kernels::check_all_packed(checked, call.width(), problem);
+  TORCH_CHECK_VALUE(shape, op, ": expected ", problem);
+  const int64_t intermediate = shape->intermediate_size;
+  const bool int8 = shape->type == kernels::WeightType::int8;
 
   at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   out.copy_(hidden);
   if (most == 0) return out;
-  const int64_t floats = reduced ? kernels::reduced_workspace_floats(most, call.width(), intermediate)
-                                 : kernels::encoder_workspace_floats(most, call.width(), intermediate);
+  const int64_t floats = int8 ? kernels::reduced_workspace_floats(most, call.width(), intermediate)
+                              : kernels::encoder_workspace_floats(most, call.width(), intermediate);
   const at::Tensor workspace = at::empty({floats}, hidden.options().dtype(at::kFloat));
   const kernels::ConditionalEncoderParams params = {
       .hidden = out.mutable_data_ptr(),
@@ -96,8 +70,8 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
       .workers = at::get_num_threads(),
       .workspace = workspace.mutable_data_ptr<float>(),
       .phases = encoder_phase_times()};
-  if (reduced)
-    kernels::reduced_encoder(params, torch_product(*reduced), at_parallel);
+  if (int8)
+    kernels::reduced_encoder(params, torch_int8_product(), at_parallel);
   else
     kernels::conditional_encoder(params, at_parallel);
   return out;
@@ -106,7 +80,6 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
-  m.impl("pack_encoder_weights", &pack_encoder_weights_cpu);
   m.impl("conditional_encoder_layer", &conditional_encoder_layer<conditional_encoder_cpu>);
   m.impl("conditional_encoder", &conditional_encoder<conditional_encoder_cpu>);
 }

@@ -47,7 +47,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_cpu(const at::Tensor& hidden
   return {gather_rows(hidden, tokens.indices), tokens.indices, tokens.cu_seqlens};
 }
 
-at::Tensor unpack_cpu(const at::Tensor& packed, const at::Tensor& indices, int64_t batch_size, int64_t length) {
+at::Tensor unpack_cpu(const at::Tensor& packed, const at::Tensor& indices, int64_t batch_size,
+                      int64_t length) {
   check_unpack(packed, indices, batch_size, length);
   const at::Tensor rows = packed.contiguous();
   const at::Tensor dense_indices = indices.contiguous();

@@ -1,10 +1,10 @@
-// torch's matrix products as the ReducedProduct of the torch-free kernels.
+// torch's matrix product of int8 as the ReducedProduct of the torch-free kernels.
 #pragma once
 
 #include "kernels/reduced_encoder.h"
 
 namespace dynplan {
 
-kernels::ReducedProduct torch_product(kernels::ReducedDtype dtype);
+kernels::ReducedProduct torch_int8_product();
 
 }  // namespace dynplan
