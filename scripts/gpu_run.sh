@@ -33,6 +33,8 @@ print(f"{major}.{minor}" + ("a" if (major, minor) == (9, 0) else ""), torch.cuda
   exit 1
 fi
 read -r architecture device <<< "$gpu"
+# One GPU is what is tested and timed; Trainer would spread over all it sees.
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 export TORCH_CUDA_ARCH_LIST=$architecture MAX_JOBS=${MAX_JOBS:-$(nproc)} DYNPLAN_CUDA=1
 
 steps=()

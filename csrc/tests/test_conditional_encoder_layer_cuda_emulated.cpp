@@ -9,8 +9,7 @@
 
 using namespace dynplan::kernels::cuda;
 using cuda_emulation::DeviceBuffer;
-using dynplan::kernels::narrow;
-using dynplan::kernels::widen;
+using dynplan::kernels::narrow, dynplan::kernels::widen;
 
 namespace {
 
@@ -284,7 +283,7 @@ std::vector<T> layer(const Shape& shape, const std::vector<int32_t>& lengths, co
   return device_hidden.host();
 }
 
-// A dispatch that lies: an assertion or any numbers, but no access outside of the buffers, which are guarded.
+// A dispatch that lies: an assertion or any numbers, but no access outside of the guarded buffers.
 void bad_dispatch(const std::vector<int32_t>& rows, const std::vector<int32_t>& offsets,
                   const std::vector<int32_t>& counts) {
   const int64_t capacity = 9, samples = 2, h = 32, i = 16;

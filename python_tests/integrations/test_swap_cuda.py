@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import requires_cuda
+from helpers import DEVICES, requires_cuda
 from integrations.models import batch, tiny
 from integrations.test_training import LABELS, PATHS, gradients
 from torch.nn.parallel import DistributedDataParallel
@@ -43,6 +43,27 @@ def test_rows_take_the_type_of_the_weights(monkeypatch):
     assert seen == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_amp_trains_past_bypassed_samples(dtype, device):
+    model = dynplan.swap(tiny(**NO_DROPOUT).to(device), FixedPath(PATHS)).train()
+    inputs, labels = {name: value.to(device) for name, value in batch().items()}, LABELS.to(device)
+    exact = copy.deepcopy(model)
+    exact(**inputs, labels=labels).loss.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=dtype == torch.float16)
+    with torch.autocast(device, dtype):
+        loss = model(**inputs, labels=labels).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    ours, wanted = flat(model), flat(exact)
+    assert ours.isfinite().all()
+    assert torch.cosine_similarity(ours, wanted, dim=0) > 0.99
+    before = copy.deepcopy(model.state_dict())
+    scaler.step(optimizer)
+    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 class OnTheCPU(Policy):
     def plan(self, request):
         return torch.ones(request.batch_size, request.num_layers, dtype=torch.bool)
@@ -59,25 +80,6 @@ class TestOnCuda:
             with torch.autocast("cuda", dtype):
                 ours = model(**inputs).logits
         torch.testing.assert_close(ours.float(), wanted.float(), rtol=0.05, atol=0.1)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_amp_trains_past_bypassed_samples(self, dtype):
-        model = dynplan.swap(tiny(**NO_DROPOUT).cuda(), FixedPath(PATHS)).train()
-        inputs, labels = on_cuda(batch()), LABELS.cuda()
-        exact = copy.deepcopy(model)
-        exact(**inputs, labels=labels).loss.backward()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        scaler = torch.amp.GradScaler("cuda", init_scale=1024.0, enabled=dtype == torch.float16)
-        with torch.autocast("cuda", dtype):
-            loss = model(**inputs, labels=labels).loss
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        ours, wanted = flat(model), flat(exact)
-        assert ours.isfinite().all()
-        assert torch.cosine_similarity(ours, wanted, dim=0) > 0.99
-        before = copy.deepcopy(model.state_dict())
-        scaler.step(optimizer)
-        assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items())
 
     def test_training_equals_that_on_the_cpu(self):
         model = dynplan.swap(tiny(**NO_DROPOUT), FixedPath(PATHS)).double()
