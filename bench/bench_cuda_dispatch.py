@@ -51,8 +51,10 @@ RIVALS = ("hf sdpa graph", "unpadded graph")  # what break-even is told against
 # Tokens of SST-2's dev sentences with BERT's uncased word pieces: the quantiles 0, 1/32, ..., 1 (mean 25.2).
 SST2 = (4, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 24, 25, 26, 27, 28, 29, 30, 31, 32, 34,
         35, 36, 39, 40, 42, 46, 55)  # fmt: skip
-# bf16 through 12 layers, two ways: what the outputs of unit scale may differ by.
-TOLERANCE = 0.15
+# bf16 through 12 layers, two ways: what a token's hidden states may differ by, as a share of their length.
+# (Those of Hugging Face on a CPU are 0.012 from fp32 on average and 0.014 at the worst token; single numbers
+# stray ten times as far, so they say little.)
+TOLERANCE = 0.05
 ENOUGH_TOKENS = 4096  # from here on a share of the layers is to cost that share of the time
 
 
@@ -72,8 +74,9 @@ def random_plan(batch_size: int, share: float, generator: torch.Generator) -> Te
 
 
 def check(name: str, ours: Tensor, theirs: Tensor, mask: Tensor) -> None:
-    """Raises where two last hidden states differ at real tokens."""
-    error = (ours.float() - theirs.float())[mask.bool()].abs().max().item()
+    """Raises where two last hidden states differ at a real token."""
+    ours, theirs = ours.float()[mask.bool()], theirs.float()[mask.bool()]
+    error = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
     if not error <= TOLERANCE:
         raise AssertionError(
             f"bench_cuda_dispatch: expected {name} to be within {TOLERANCE}, got {error:.3f} off"

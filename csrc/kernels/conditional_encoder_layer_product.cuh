@@ -166,12 +166,12 @@ __device__ __forceinline__ void product_tiles(const ProductParams<T>& p, int32_t
   const int copy_offset = slab_offset(copy_row, copy_chunk);
   const int warp_row = warp / 4 * Tile::kWarpRows, warp_column = warp % 4 * Tile::kWarpColumns;
   const int32_t slabs = ceil_div(p.k, int32_t{kSlab});
-  const int64_t row_tiles = ceil_div(count, int32_t{Tile::kRows});
-  const int64_t tiles = row_tiles * ceil_div(p.n, int32_t{Tile::kColumns});
+  const int32_t row_tiles = ceil_div(count, int32_t{Tile::kRows});
+  const int32_t tiles = row_tiles * ceil_div(p.n, int32_t{Tile::kColumns});
 
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int32_t row0 = static_cast<int32_t>(tile % row_tiles) * Tile::kRows;
-    const int32_t column0 = static_cast<int32_t>(tile / row_tiles) * Tile::kColumns;
+  for (int32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int32_t row0 = tile % row_tiles * Tile::kRows;
+    const int32_t column0 = tile / row_tiles * Tile::kColumns;
 
     // Where this thread's copies begin. What `has_row` and the widths rule out is never read, so addresses of
     // those may be any.
@@ -271,8 +271,8 @@ constexpr float kTileClocks = [] {
 // multiprocessor (5.5 TB/s on an H200, an assumption).
 template <class T, class Tile>
 __host__ __device__ float product_clocks(int32_t rows, int32_t n, int32_t multiprocessors) {
-  const int64_t tiles = int64_t{ceil_div(rows, int32_t{Tile::kRows})} * ceil_div(n, int32_t{Tile::kColumns});
-  const float most = static_cast<float>(ceil_div(tiles, int64_t{multiprocessors}));
+  const int32_t tiles = ceil_div(rows, int32_t{Tile::kRows}) * ceil_div(n, int32_t{Tile::kColumns});
+  const float most = static_cast<float>(ceil_div(tiles, multiprocessors));
   const float share = static_cast<float>(tiles) / static_cast<float>(multiprocessors);
   constexpr float kBytes = (Tile::kRows + Tile::kColumns) * 16 * sizeof(T);
   return max(most * kTileClocks<T, Tile>, share * (kBytes / 24));
