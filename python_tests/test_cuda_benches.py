@@ -1,6 +1,8 @@
 """The GPU benches and the GPU session's scripts where there is no GPU; tiny sizes."""
 
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 import bench_cuda_dispatch as bench
+import bench_cuda_products as products
 import bench_cuda_region as region
 import gpu_kernels
 from bars import Bar
@@ -104,6 +107,33 @@ def test_region_bench_from_start_to_end(region_on_cpu, tmp_path, capsys):
     assert len(timed) == 3 * 2 * 4 and len(rows) == len(timed) + 4
 
 
+def test_products_bench_from_start_to_end(on_cpu, tmp_path, monkeypatch, capsys):
+    forced = []
+
+    def times(call, name, rounds):
+        assert call().shape == (100, 32) and name == "product_kernel"
+        forced.append(os.environ.get("DYNPLAN_CUDA_TILE"))
+        return [1e-6, 2e-6, 3e-6, 4e-6]
+
+    monkeypatch.setattr(products, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(products, "MODELS", bench.MODELS)
+    monkeypatch.setattr(products, "kernel_times", times)
+    monkeypatch.setattr(products, "kernel_seconds", lambda call, name: 2e-6 * len(call()) / 100)
+    history = tmp_path / "history.jsonl"
+    products.main(["--models", "bert-base", "--active", "100", "--rounds", "1", "--history", str(history)])
+    assert forced == [None, *products.TILES] and "DYNPLAN_CUDA_TILE" not in os.environ
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [row["shape"].split()[1] for row in rows] == list(products.PRODUCTS)
+    assert all(set(row["tiles"]) == set(products.TILES) for row in rows)
+    assert "0.67" in capsys.readouterr().out  # 2 us through PyTorch, 3 us here
+
+
+def test_products_bench_knows_the_kernels_tiles():
+    header = Path(__file__).parents[1] / "csrc/kernels/conditional_encoder_layer_cuda.h"
+    (names,) = re.findall(r"kProductTiles\[\] = \{(.*?)\};", header.read_text(), re.DOTALL)
+    assert tuple(re.findall(r'"(\w+)"', names)) == products.TILES
+
+
 def test_label_map_keeps_regions(region_on_cpu, tmp_path):
     values = np.repeat(np.array([[7, 200], [7, 90]], np.uint8), 8, 0).repeat(8, 1)
     Image.fromarray(values).save(tmp_path / "labels.png")
@@ -139,7 +169,7 @@ def test_plans_have_their_share():
         assert lengths.min() >= low and lengths.max() <= high
 
 
-@pytest.mark.parametrize("which", [bench, region], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("which", [bench, products, region], ids=lambda module: module.__name__)
 def test_without_a_gpu_it_says_so(monkeypatch, which):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=f"{which.__name__}: expected a CUDA device"):

@@ -62,7 +62,8 @@ cudaError_t conditional_encoder_layer(const ConditionalEncoderLayerParams<T>& p,
   const auto product = [&](const T* a, const int32_t* rows, const T* weight, const T* bias, T* out, int32_t n,
                            int32_t k, Activation activation) {
     return launch_product<T>(
-        {a, rows, weight, bias, out, n, k, activation, p.counts, p.capacity, p.multiprocessors}, stream);
+        {a, rows, weight, bias, out, n, k, activation, p.counts, p.capacity, p.multiprocessors, p.tile},
+        stream);
   };
   const auto residual_norm = [&](const ResidualNormParams<T>& norm) {
     return launch_residual_norm<T>(norm, p.multiprocessors, stream);

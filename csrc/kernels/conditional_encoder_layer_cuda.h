@@ -15,6 +15,11 @@ constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kSizeStep =
     8;  // divides width, intermediate and head_dim: rows are read 16 bytes at a time
 
+// Rows x columns of the tiles that products are made of, by their number; those above 3 are for 16-bit
+// numbers.
+constexpr const char* kProductTiles[] = {"32x64", "64x64", "64x128", "128x128", "128x192", "128x256"};
+constexpr int32_t kChosenTile = -1;  // the one that the counts say is fastest
+
 enum class Activation : int32_t { none, gelu, gelu_tanh, relu, silu };
 
 template <class T>
@@ -33,6 +38,7 @@ struct ConditionalEncoderLayerParams {
   float eps;
   T* workspace;  // encoder_workspace_size() numbers; may serve layer after layer
   int multiprocessors;
+  int32_t tile = kChosenTile;  // of all products
 };
 
 inline int64_t encoder_workspace_size(int64_t capacity, int64_t width, int64_t intermediate) {

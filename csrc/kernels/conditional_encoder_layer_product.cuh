@@ -33,6 +33,7 @@ struct ProductParams {
   const int32_t* counts;  // (2,): active samples, active rows
   int64_t capacity;       // bounds counts[1] and what rows holds
   int32_t multiprocessors;
+  int32_t tile = kChosenTile;
 };
 
 constexpr int kProductThreads = 256;
@@ -266,6 +267,10 @@ constexpr float kTileClocks = [] {
   return kArea * 16 / 1270 > kShared ? kArea * 16 / 1270 : kShared;
 }();
 
+// fp32 is bound by its multiply-adds: the wider tiles would save it nothing.
+template <class T>
+constexpr int32_t kTiles = sizeof(T) == 4 ? 4 : 6;
+
 // Clocks for 16 numbers of k of the whole product: those of the multiprocessor that has the most tiles, or
 // those in which the second-level cache brings all tiles' rows and columns, at 24 bytes a clock and
 // multiprocessor (5.5 TB/s on an H200, an assumption).
@@ -278,7 +283,7 @@ __host__ __device__ float product_clocks(int32_t rows, int32_t n, int32_t multip
   return max(most * kTileClocks<T, Tile>, share * (kBytes / 24));
 }
 
-// The tile that takes the least time for `rows` active rows, as a number that product_kernel knows.
+// The tile that takes the least time for `rows` active rows, as its place in kProductTiles.
 template <class T>
 __host__ __device__ int best_tile(int32_t rows, int32_t n, int32_t multiprocessors) {
   const float clocks[] = {product_clocks<T, ProductTile<32, 64>>(rows, n, multiprocessors),
@@ -287,12 +292,10 @@ __host__ __device__ int best_tile(int32_t rows, int32_t n, int32_t multiprocesso
                           product_clocks<T, ProductTile<128, 128>>(rows, n, multiprocessors),
                           product_clocks<T, ProductTile<128, 192>>(rows, n, multiprocessors),
                           product_clocks<T, ProductTile<128, 256>>(rows, n, multiprocessors)};
-  // fp32 is bound by its multiply-adds: the wider tiles would save it nothing.
-  constexpr int kTiles = sizeof(T) == 4 ? 4 : 6;
   int best = 0;
   float least = clocks[0];
 #pragma unroll
-  for (int i = 1; i < kTiles; ++i)
+  for (int i = 1; i < kTiles<T>; ++i)
     if (clocks[i] < least) least = clocks[i], best = i;
   return best;
 }
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     product_kernel(const __grid_constant__ ProductParams<T> p) {
   const int32_t count = static_cast<int32_t>(min(int64_t{p.counts[1]}, p.capacity));
   if (count <= 0) return;
-  switch (best_tile<T>(count, p.n, p.multiprocessors)) {
+  switch (p.tile == kChosenTile ? best_tile<T>(count, p.n, p.multiprocessors) : min(p.tile, kTiles<T> - 1)) {
     case 0:
       return product_tiles<T, ProductTile<32, 64>>(p, count);
     case 1:

@@ -66,16 +66,11 @@ std::vector<double> naive_product(const std::vector<double>& a, const double* we
   return out;
 }
 
-template <class T, class Tile>
-__global__ void one_tile_kernel(const __grid_constant__ ProductParams<T> p) {
-  product_tiles<T, Tile>(p, p.counts[1]);
-}
-
-// One tile shape, or with `void` the one that the kernel chooses: gathered rows, a count below the capacity,
-// edges in every direction, more tiles than blocks. Returns out.
-template <class T, class Tile>
-std::vector<T> product(int64_t capacity, int32_t count, int32_t n, int32_t k, Activation activation,
-                       bool gather, unsigned seed) {
+// One tile shape, or the one that the kernel chooses: gathered rows, a count below the capacity, edges in
+// every direction, more tiles than blocks. Returns out.
+template <class T>
+std::vector<T> product(int32_t tile, int64_t capacity, int32_t count, int32_t n, int32_t k,
+                       Activation activation, bool gather, unsigned seed) {
   std::mt19937 random(seed);
   const std::vector<T> a = draw<T>(random, capacity * k), weight = draw<T>(random, n * k, 1 / std::sqrt(k)),
                        bias = draw<T>(random, n);
@@ -94,13 +89,9 @@ std::vector<T> product(int64_t capacity, int32_t count, int32_t n, int32_t k, Ac
                                 .activation = activation,
                                 .counts = device_counts.get(),
                                 .capacity = capacity,
-                                .multiprocessors = 1};
-  if constexpr (std::is_void_v<Tile>) {
-    EXPECT(launch_product<T>(params, nullptr) == cudaSuccess);
-  } else {
-    EXPECT((dynplan::kernels::launch(one_tile_kernel<T, Tile>, dim3(1), dim3(kProductThreads),
-                                     kProductSharedBytes, nullptr, params) == cudaSuccess));
-  }
+                                .multiprocessors = 1,
+                                .tile = tile};
+  EXPECT(launch_product<T>(params, nullptr) == cudaSuccess);
   if (!cuda_emulation::last_failure.empty())
     std::fprintf(stderr, "%s\n", cuda_emulation::last_failure.c_str());
   const std::vector<double> wide = widened(a), wide_weight = widened(weight), wide_bias = widened(bias);
@@ -339,35 +330,27 @@ void layers(unsigned seed) {
   EXPECT(same_bits(alone.data(), together.data(), 11 * 64));
 }
 
+enum { k32x64, k64x64, k64x128, k128x128, k128x192, k128x256 };
+
 template <class T>
 void products(unsigned seed) {
   // Every tile gives the same bits, whichever the kernel chooses, with more of them than there are blocks.
-  const auto run = [&]<class Tile>(std::type_identity<Tile>) {
-    return product<T, Tile>(131, 130, 264, 40, Activation::gelu, true, seed);
+  const auto run = [&](int32_t tile) {
+    return product<T>(tile, 131, 130, 264, 40, Activation::gelu, true, seed);
   };
-  const std::vector<T> chosen = run(std::type_identity<void>{});
-  const auto same = [&](const std::vector<T>& out) {
-    EXPECT(same_bits(out.data(), chosen.data(), 131 * 264));
-  };
-  same(run(std::type_identity<ProductTile<32, 64>>{}));
-  same(run(std::type_identity<ProductTile<64, 64>>{}));
-  same(run(std::type_identity<ProductTile<64, 128>>{}));
-  same(run(std::type_identity<ProductTile<128, 128>>{}));
-  if constexpr (sizeof(T) == 2) {
-    same(run(std::type_identity<ProductTile<128, 192>>{}));
-    same(run(std::type_identity<ProductTile<128, 256>>{}));
-  }
+  const std::vector<T> chosen = run(kChosenTile);
+  for (int32_t tile = 0; tile < kTiles<T>; ++tile)
+    EXPECT(same_bits(run(tile).data(), chosen.data(), 131 * 264));
   // More slabs than buffers, one row, none.
-  product<T, ProductTile<32, 64>>(33, 32, 64, 328, Activation::none, false, ++seed);
-  product<T, ProductTile<128, 128>>(9, 5, 72, 136, Activation::relu, true, ++seed);
-  product<T, void>(7, 1, 40, 16, Activation::silu, true, ++seed);
-  product<T, void>(3, 0, 64, 32, Activation::none, false, ++seed);
+  product<T>(k32x64, 33, 32, 64, 328, Activation::none, false, ++seed);
+  product<T>(k128x128, 9, 5, 72, 136, Activation::relu, true, ++seed);
+  product<T>(kChosenTile, 7, 1, 40, 16, Activation::silu, true, ++seed);
+  product<T>(kChosenTile, 3, 0, 64, 32, Activation::none, false, ++seed);
 }
 
 // On an H200: few rows take small tiles, so that no multiprocessor is idle that could help.
 void tile_choice() {
   constexpr int kH200 = 132;
-  enum { k32x64, k64x64, k64x128, k128x128, k128x192, k128x256 };
   EXPECT(best_tile<BFloat16>(25, 768, kH200) == k32x64);
   EXPECT(best_tile<BFloat16>(1024, 768, kH200) == k64x128);
   EXPECT(best_tile<BFloat16>(2048, 768, kH200) == k128x128);

@@ -86,6 +86,27 @@ def test_bits_do_not_depend_on_the_company(dtype):
         assert torch.equal(part[:rows], whole[:rows]) and torch.equal(part[rows:], hidden[rows:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forced_tiles(dtype, monkeypatch):
+    inputs = draw_inputs([70, 0, 130], 264, 520, 1, 0, share=1.0, dtype=dtype)
+    hidden, dispatch, weights = on_cuda(inputs[0], inputs[2], inputs[3])
+    blobs = packed(weights)
+
+    def run():
+        with torch.no_grad():
+            return conditional_encoder(hidden, dispatch, None, 3, packed_weights=blobs)
+
+    chosen = run()
+    for tile in ("32x64", "64x64", "64x128", "128x128", "128x192", "128x256"):
+        monkeypatch.setenv("DYNPLAN_CUDA_TILE", tile)
+        assert torch.equal(run(), chosen)
+    monkeypatch.setenv("DYNPLAN_CUDA_TILE", "256x128")
+    with pytest.raises(
+        ValueError, match="expected DYNPLAN_CUDA_TILE to be one of .* got 256x128"
+    ):
+        run()
+
+
 def test_one_graph_serves_every_plan():
     hidden, keep, dispatch, weights = draw_inputs([9, 64, 1, 100], 128, 256, 3, 0, dtype=torch.bfloat16)
     hidden, _, weights = on_cuda(hidden, dispatch, weights)

@@ -4,7 +4,9 @@
 #include <cuda_fp16.h>
 #include <torch/library.h>
 
+#include <cstdlib>
 #include <limits>
+#include <string_view>
 #include <vector>
 
 #include "kernels/conditional_encoder_layer_cuda.h"
@@ -55,6 +57,19 @@ kernels::cuda::Activation cuda_activation(kernels::Activation activation) {
   TORCH_CHECK(false, "conditional_encoder_layer: this activation has no CUDA kernel");
 }
 
+// For measurements: DYNPLAN_CUDA_TILE forces one of kProductTiles.
+int32_t forced_tile(const char* op) {
+  const char* const name = std::getenv("DYNPLAN_CUDA_TILE");
+  if (name == nullptr) return kernels::cuda::kChosenTile;
+  int32_t number = 0;
+  for (const std::string_view tile : kernels::cuda::kProductTiles) {
+    if (tile == name) return number;
+    ++number;
+  }
+  TORCH_CHECK_VALUE(false, op, ": expected DYNPLAN_CUDA_TILE to be one of ", kernels::cuda::kProductTiles[0],
+                    " to ", kernels::cuda::kProductTiles[number - 1], ", got ", name);
+}
+
 template <class T>
 void run_layers(const EncoderCall& call, const DeviceScope& device, int64_t intermediate,
                 at::Tensor& hidden) {
@@ -62,6 +77,7 @@ void run_layers(const EncoderCall& call, const DeviceScope& device, int64_t inte
   const at::Tensor workspace =
       at::empty({kernels::cuda::encoder_workspace_size(capacity, width, intermediate)}, hidden.options());
   const int multiprocessors = device.attribute(cudaDevAttrMultiProcessorCount);
+  const int32_t tile = forced_tile(call.op);
   for (int64_t layer = 0; layer < call.layers(); ++layer) {
     at::Tensor packed = call.packed_weights[layer].contiguous();
     // Kernels read 16 bytes at a time; what pack_encoder_weights gave may have been cut out of something
@@ -81,7 +97,8 @@ void run_layers(const EncoderCall& call, const DeviceScope& device, int64_t inte
          .activation = cuda_activation(call.activation),
          .eps = call.eps,
          .workspace = static_cast<T*>(workspace.mutable_data_ptr()),
-         .multiprocessors = multiprocessors},
+         .multiprocessors = multiprocessors,
+         .tile = tile},
         device.stream()));
   }
 }
