@@ -13,7 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-580}
-BENCHES=180 # seconds of it kept for them
+BENCHES=200 # seconds of it kept for them
 OUT=$(realpath -m "${OUT:-build/gpu}")
 HISTORY=bench/history/cuda.jsonl
 LOGS=$(mktemp -d)
@@ -113,7 +113,7 @@ report() {
     printf '######## %s\n' "$name"
     cat "$LOGS/$name.log" 2> /dev/null
   done > "$OUT/log.txt"
-  for name in region dispatch; do cat "$LOGS/$name.log" 2> /dev/null; done
+  for name in products region dispatch; do cat "$LOGS/$name.log" 2> /dev/null; done
   [ ! -f "$HISTORY" ] || cp "$HISTORY" "$OUT/"
   echo
   {
@@ -146,9 +146,11 @@ if finish build; then
   # No GPU for them: what they test is the CPU's part, on the CPU.
   start cpu-tests $checks env CUDA_VISIBLE_DEVICES= "${tests[@]}" -m "$without_gpu"
   finish cuda-tests memcheck racecheck synccheck cpu-tests
-  start dispatch 120 "$PYTHON" bench/bench_cuda_dispatch.py --quick --history "$HISTORY"
+  start dispatch 110 "$PYTHON" bench/bench_cuda_dispatch.py --quick --history "$HISTORY"
   finish dispatch
-  start region 60 "$PYTHON" bench/bench_cuda_region.py --history "$HISTORY"
+  start region 50 "$PYTHON" bench/bench_cuda_region.py --history "$HISTORY"
   finish region
+  start products 40 "$PYTHON" bench/bench_cuda_products.py --active 25 800 3200 4096 --history "$HISTORY"
+  finish products
 fi
 exit $failed

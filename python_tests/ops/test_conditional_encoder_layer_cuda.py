@@ -101,9 +101,7 @@ def test_forced_tiles(dtype, monkeypatch):
         monkeypatch.setenv("DYNPLAN_CUDA_TILE", tile)
         assert torch.equal(run(), chosen)
     monkeypatch.setenv("DYNPLAN_CUDA_TILE", "256x128")
-    with pytest.raises(
-        ValueError, match="expected DYNPLAN_CUDA_TILE to be one of .* got 256x128"
-    ):
+    with pytest.raises(ValueError, match="expected DYNPLAN_CUDA_TILE to be one of .* got 256x128"):
         run()
 
 
