@@ -8,6 +8,7 @@ contract: over the batch, kept sample-layers are at most ``budget * B * L`` and 
 from __future__ import annotations
 
 import math
+import random
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,23 +178,24 @@ class RandomPath(_BudgetPolicy):
         super().__init__(budget)
         self.seed = int(seed)
         self._lock = threading.Lock()
+        self._random = random.Random(self.seed)
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def plan(self, request: PlanRequest) -> Tensor:
         shape = (request.batch_size, request.num_layers)
+        if request.batch_size == 1 and request.device.type == "cpu":  # nobody to share with, no time to lose
+            count = whole_layers(self.budget_of(request), request.num_layers)
+            with self._lock:
+                kept = set(self._random.sample(range(request.num_layers), count))
+            return torch.tensor([[layer in kept for layer in range(request.num_layers)]])
         with self._lock:
             generator = self._generators.get(request.device)
             if generator is None:
                 generator = torch.Generator(request.device).manual_seed(self.seed)
                 self._generators[request.device] = generator
             order = torch.rand(shape, generator=generator, device=request.device).argsort(1)
-            if request.batch_size == 1:
-                # Nobody to share with, and a batch of one is where the time of a small operation counts.
-                count = whole_layers(self.budget_of(request), request.num_layers)
-                return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True)
             tie = torch.rand(shape, generator=generator, device=request.device)
-        # Rank first, so that everybody gets a k-th layer before anybody gets another; ties are broken at
-        # random.
+        # Rank first: everybody gets a k-th layer before anybody gets another. Ties are broken at random.
         return within_budget(tie - order.argsort(1), request.cu_seqlens, self.budget_of(request))
 
     def options(self) -> dict[str, Any]:
@@ -210,8 +212,7 @@ class HashPath(_BudgetPolicy):
     """A path that depends on the sample's tokens alone, in the manner of HashEE (arXiv 2203.01670).
 
     The rival with no learned part: equal sentences take equal paths, and a path never depends on the rest of
-        the
-    batch. Every sample keeps ``floor(budget * L)`` layers.
+    the batch. Every sample keeps ``floor(budget * L)`` layers.
 
     Args:
         budget: share of layer work, 0..1.

@@ -93,6 +93,12 @@ inline void conditional_encoder(const ConditionalEncoderParams& p, Sharing shari
 
 inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel,
                                 CpuIsa isa = cpu_isa()) {
+  const auto together = [&] {
+    const Team team(kLayerStages * p.layers, p.workers);
+    conditional_encoder(p, {.flow = nullptr, .team = &team}, parallel, isa);
+  };
+  // Too few rows for the question below: one short text, which the answer would cost more than it may.
+  if (p.workers > 1 && p.capacity < 2 * kFlowRows * p.workers) return together();
   const DispatchView dispatch = {p.rows, p.cu_seqlens, p.counts, p.layers, p.capacity, p.samples};
   const int64_t most = block_rows(p.hidden_size, p.intermediate_size);
   Flow flow(dispatch, [&](int64_t active) {
@@ -101,9 +107,8 @@ inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel para
   // A sample that is much of the work would keep one thread busy and the others waiting.
   const bool flows = p.workers == 1 || (flow.work() >= 2 * kFlowRows * p.workers * flow.layers() &&
                                         4 * p.workers * flow.chain() <= 3 * flow.work());
-  if (flows) return conditional_encoder(p, {.flow = &flow, .team = nullptr}, parallel, isa);
-  const Team team(kLayerStages * p.layers, p.workers);
-  conditional_encoder(p, {.flow = nullptr, .team = &team}, parallel, isa);
+  if (!flows) return together();
+  conditional_encoder(p, {.flow = &flow, .team = nullptr}, parallel, isa);
 }
 
 }  // namespace dynplan::kernels

@@ -108,7 +108,8 @@ inline int64_t scratch_by_columns(const Layer& l) {
   return attention_scratch_floats(attention_shape(l, longest_sequence(l)));
 }
 
-inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* scratch) {
+// gathered: the rows are where the last layer left them.
+inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* scratch, bool gathered) {
   const int64_t rows = l.active;
   float* x = qkv + rows * l.qkv_step;
   float* y = x + rows * l.row_step;
@@ -122,9 +123,10 @@ inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* sc
     });
   };
   const int64_t width = l.p.hidden_size;
-  member.share_out(rows, [&](int64_t first, int64_t last) {
-    gather_rows(l, first, last - first, x + first * l.row_step);
-  });
+  if (!gathered)
+    member.share_out(rows, [&](int64_t first, int64_t last) {
+      gather_rows(l, first, last - first, x + first * l.row_step);
+    });
   const Operand input = operand(l, rows, x, l.row_step);
   over_panels(3 * width, [&](int64_t first, int64_t last) { project_qkv(l, rows, input, qkv, first, last); });
   attend_all(l, member, qkv, scratch);
@@ -155,13 +157,21 @@ inline void run_together(const ConditionalEncoderParams& p, const Team& team, Pa
     float* scratch = thread_scratch(floats);
     reserve_pairs(p, larger(larger(kGatherRows, kFewRows), block_rows(p.hidden_size, p.intermediate_size)));
     Member member(team);
+    const int32_t* before = nullptr;  // rows of the last layer, where run_by_columns has left them behind
+    int64_t count = 0;
     for (int64_t index = 0; index < p.layers; ++index) {
       const Layer l = layer_of(p, index);
       if (l.active == 0) continue;
-      if (by_columns(l))
-        run_by_columns(l, member, p.workspace, scratch);
-      else
+      if (by_columns(l)) {
+        const bool same =
+            before != nullptr && count == l.active && std::equal(before, before + count, l.rows);
+        // Hidden states in bfloat16 are rounded between layers, wherever the rows come from.
+        run_by_columns(l, member, p.workspace, scratch, same && p.row_type == RowType::float32);
+        before = l.rows, count = l.active;
+      } else {
         run_by_rows(l, member, p.workspace, scratch);
+        before = nullptr;
+      }
     }
   });
 }

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -36,6 +37,8 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
   std::vector<at::Tensor> blobs;
   std::vector<std::pair<const void*, int64_t>> checked;
   std::vector<const void*> packed;
+  // One short text finds none of the headers in cache: all are asked for before the first is looked at.
+  for (const at::Tensor& blob : call.packed_weights) __builtin_prefetch(blob.const_data_ptr());
   for (const at::Tensor& blob : call.packed_weights) {
     blobs.push_back(blob.contiguous());
     packed.push_back(blobs.back().const_data_ptr());
@@ -46,8 +49,9 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
   const int64_t intermediate = shape->intermediate_size;
   const bool int8 = shape->type == kernels::WeightType::int8;
 
+  const at::Tensor dense = hidden.contiguous();
   at::Tensor out = at::empty(hidden.sizes(), hidden.options());
-  out.copy_(hidden);
+  if (dense.nbytes() > 0) std::memcpy(out.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
   if (most == 0) return out;
   const int64_t floats = int8 ? kernels::reduced_workspace_floats(most, call.width(), intermediate)
                               : kernels::encoder_workspace_floats(most, call.width(), intermediate);
