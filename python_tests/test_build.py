@@ -1,6 +1,8 @@
 """What a user meets when the extension cannot be built or loaded: one message, with the remedy."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,38 @@ def test_cuda_asked_for_with_a_cpu_torch(tmp_path):
     stub = "__version__ = '2.13.0+cpu'\nclass version: cuda = None"
     result = configure(tmp_path, stub_torch=stub, DYNPLAN_CUDA="1")
     assert result.returncode != 0 and "torch 2.13.0+cpu is a CPU build" in result.stderr
+
+
+WITH_CUDA = """
+import json, os, setuptools, sys, torch
+from torch.utils import cpp_extension
+
+torch.version.cuda, cpp_extension.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
+setuptools.setup = lambda ext_modules, **options: print(json.dumps(vars(ext_modules[0]), default=str))
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__name__": "__main__", "__file__": "setup.py"})
+"""
+
+
+def test_what_is_built_where_cuda_is(tmp_path):
+    """The extension as torch's own classes describe it, with a toolkit that only pretends."""
+    (tmp_path / "dynplan").mkdir()
+    for name in ("setup.py", "version.txt", "csrc/sources.txt", "toolkit/bin/nvcc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name) if (ROOT / name).exists() else (tmp_path / name).touch()
+    environment = os.environ | {"CUDA_HOME": str(tmp_path / "toolkit"), "DYNPLAN_CUDA": "1"}
+    command = [sys.executable, "-c", WITH_CUDA]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    extension = json.loads(done.stdout.splitlines()[-1])
+    rows = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line[0] != "#"]
+    wanted = {f"csrc/{path}" for group, path in rows if group in ("op", "cpu", "kernel", "cuda")}
+    assert set(extension["sources"]) == wanted and any(name.endswith(".cu") for name in wanted)
+    assert {"c10_cuda", "torch_cuda", "cudart"} <= set(extension["libraries"])
+    assert "torch_python" not in extension["libraries"] and extension["py_limited_api"]
+    assert {"-std=c++20", "-O3"} <= set(extension["extra_compile_args"]["nvcc"])
+    assert ["DYNPLAN_WITH_CUDA", None] in extension["define_macros"]
+    info = json.loads((tmp_path / "dynplan/_build_info.json").read_text())
+    assert info["cuda"] == "13.0" and info["torch"] == torch.__version__
 
 
 def test_extension_of_another_torch(monkeypatch):

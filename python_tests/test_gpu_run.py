@@ -26,7 +26,8 @@ echo "========= ERROR SUMMARY: 0 errors"
 """
 
 
-STEPS = ["build", "cuda-tests", "memcheck", "racecheck", "synccheck", "cpu-tests", "dispatch", "region", "products"]
+CHECKS = ["build", "cuda-tests", "memcheck", "racecheck", "synccheck", "cpu-tests"]
+STEPS = [*CHECKS, "dispatch", "region", "products"]
 
 
 @pytest.fixture
