@@ -47,9 +47,28 @@ struct ClassWeights {
   }
 
   T at(int64_t c) const { return weight ? weight[c] : T(1); }
-  T of(int64_t label) const { return label < 0 ? T(0) : weight ? weight[label] : T(1); }
-  double power(int64_t label) const {
-    return label < 0 ? 0 : weight ? std::pow(static_cast<double>(weight[label]), p) : 1;
+  // Of a vector of labels; 0 where they are ignored.
+  DYNPLAN_INLINE typename Simd<T>::V of(typename Simd<T>::M labels) const {
+    typename Simd<T>::V v{};
+    for (int lane = 0; lane < Simd<T>::lanes; ++lane)
+      if (labels[lane] >= 0) v[lane] = at(labels[lane]);
+    return v;
+  }
+  // Sum of weight^p over a row's labels, every step-th.
+  template <class Int>
+  double powers(const Int* labels, int64_t count, int64_t step) const {
+    if (!weight) {
+      Int valid = 0;
+      if (step == 1)
+        for (int64_t i = 0; i < count; ++i) valid += labels[i] >= 0;
+      else
+        for (int64_t i = 0; i < count; ++i) valid += labels[i * step] >= 0;
+      return static_cast<double>(valid);
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i)
+      if (const Int label = labels[i * step]; label >= 0) sum += std::pow(static_cast<double>(weight[label]), p);
+    return sum;
   }
 };
 
@@ -86,7 +105,7 @@ void add_row(PowerSum& total, const T* losses, int64_t count, const Int* labels,
   }
   row.largest = largest;
   for (int lane = 0; lane < S::lanes; ++lane) row.sum += sums[lane];
-  for (int64_t i = 0; i < count; ++i) row.normalizer += weights.power(labels[i * step]);
+  row.normalizer = weights.powers(labels, count, step);
   total.merge(row, weights.p);
 }
 

@@ -1,6 +1,7 @@
-// Backward of merge = logits. A march of three stages, r planes apart: load logits; merge them again and turn
-// each anchor's merged vector into its gradient g_q = s_q / Z_q * d l_q / d z_q; gather g over the windows
-// that hold a pixel. Windows and agreement are symmetric, so every output is written once, in a fixed order.
+// Gradient of merge = logits. A march of three stages, r planes apart: load logits; merge them and turn each
+// anchor's merged vector into its gradient g_q = s_q / Z_q * d l_q / d z_q; gather g over the windows that
+// hold a pixel. Windows and agreement are symmetric, so every output is written once, in a fixed order.
+// The second stage is that of the backward here, or that of region_cross_entropy_once.h.
 #pragma once
 
 #include "kernels/region_cross_entropy_forward.h"
@@ -25,6 +26,12 @@ struct DirectRows {
   T* at(int64_t n, int64_t d, int64_t h, int64_t w) const {
     return base + n * stride[0] + d * stride[1] + h * stride[2] + w * stride[3];
   }
+  // Pixel (d, h, w) of the box, which will be written soon.
+  DYNPLAN_INLINE Prefetch ahead(const Box& box, int64_t n, int64_t d, int64_t h, int64_t w) const {
+    const bool inside = d >= box.begin[0] && d < box.end[0] && h >= box.begin[1] && h < box.end[1] && w >= 0;
+    if (!base || !inside) return {};
+    return {at(n, d, h, w), class_stride * static_cast<int64_t>(sizeof(T))};
+  }
 };
 
 // Slopes and logsumexps of a strip of anchors, by column from the first of the ring of anchors.
@@ -48,8 +55,12 @@ class SlopeRows {
     const int64_t first = row.first - anchors.begin[2];
     slopes_.row(p_, row, n, d, h, slopes(i) + first);
     if (!with_lse) return;
-    for (int64_t x = 0; x < rows_.class_stride; ++x) lse(i)[x] = -kLowestLogit<T>;
-    for (int64_t x = 0; x < row.count; ++x) lse(i)[first + x * row.step] = lse_[row.index + x];
+    T* out = lse(i);
+    for (int64_t x = 0; x < rows_.class_stride; ++x) out[x] = -kLowestLogit<T>;
+    if (row.step == 1)
+      std::memcpy(out + first, lse_ + row.index, row.count * sizeof(T));
+    else
+      for (int64_t x = 0; x < row.count; ++x) out[first + x * row.step] = lse_[row.index + x];
   }
 
  private:
@@ -69,128 +80,164 @@ inline Box anchor_box(const RegionCrossEntropyParams& p, const Box& box) {
   return anchors;
 }
 
+// The merged vectors of one row of a tile, and where their gradients go.
 template <class T>
-class RegionBackward {
+struct AnchorVector {
+  int64_t i;  // row of the strip
+  int64_t x;  // column, from the first of the ring of anchors
+  typename Simd<T>::M own;
+  typename Simd<T>::V scale;  // 1 / Z
+  T* out;
+  int64_t class_stride;
+  Prefetch logits, gradient;
+};
+
+// s_q from the losses that the forward left, softmax(z_q) from its logsumexp.
+template <class T>
+class BackwardAnchors {
+ public:
+  using S = Simd<T>;
+  using V = typename S::V;
+
+  BackwardAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+                  const RegionCrossEntropyGrad& grad)
+      : p_(params), weights_(params), slopes_(params, state, grad) {}
+
+  void reset(const Box& anchors) { slopes_.reset(anchors); }
+  void begin(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors) {
+    slopes_.load(i, n, d, h, anchors, /*with_lse=*/true);
+  }
+  void tile(const MergedTile<T>&) {}
+
+  DYNPLAN_INLINE void vector(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorVector<T>& at) {
+    const V lse = S::load(slopes_.lse(at.i) + at.x);
+    const V share = S::load(slopes_.slopes(at.i) + at.x) * at.scale;
+    V hard = share * weights_.hard;
+    if (weights_.weight) hard *= weights_.of(at.own);
+    const V mass = hard + share * weights_.soft_sum;
+    pool.for_classes([&](int64_t c, auto owned) __attribute__((always_inline)) {
+      at.logits(c);
+      at.gradient(c);
+      V g = mass * S::exp(merged.at(c, at.i) * at.scale - lse);
+      if constexpr (owned) g -= S::masked(at.own == static_cast<typename S::Int>(c), hard);
+      S::store(at.out + c * at.class_stride, g);
+    });
+    if (weights_.soft == 0) return;
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      T* out = at.out + c * at.class_stride;
+      S::store(out, S::load(out) - share * (weights_.soft * weights_.at(c)));
+    }
+  }
+
+  template <class Int>
+  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t, const Int*) {}
+
+ private:
+  const RegionCrossEntropyParams& p_;
+  ClassWeights<T> weights_;
+  SlopeRows<T> slopes_;
+};
+
+template <class T, class Anchors>
+class RegionGradient {
  public:
   using S = Simd<T>;
   using V = typename S::V;
   using M = typename S::M;
   using Int = typename S::Int;
 
-  RegionBackward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+  RegionGradient(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad)
       : p_(params),
         strip_(Pool<T>::strip(params)),
-        weights_(params),
-        slopes_(params, state, grad),
+        stage_(params, state, grad),
         planes_(params),
         merge_(params, planes_.labels, planes_.logits, params.classes),
         gather_(params, planes_.labels, anchors_, params.classes),
         merged_(params.classes) {}
 
-  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    const int64_t strip = Pool<T>::strip(p);
-    return (2 * p.radius[0] + strip + planes_between(p, strip)) * p.classes * static_cast<int64_t>(sizeof(T));
-  }
+  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) { return gradient_bytes_per_column<T>(p); }
 
-  // Calls store(d, h, first column, row, class_stride) for the rows of the box, in ascending order of d,
-  // except for the columns that `direct`, where rows of T can be written in place, has received.
+  // Calls store(d, h, row, class_stride) for the rows of the box, in ascending order of d, unless `direct`
+  // can take them in place.
   template <class Store>
   void run(int64_t n, const Box& box, const DirectRows<T>& direct, Store store) {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], 2 * p_.radius[0] + strip_);
     anchors_.reset(anchor_memory_, anchor_box(p_, box), p_.classes, between);
-    slopes_.reset(anchors_.box);
+    stage_.reset(anchors_.box);
     row_.reset(row_memory_, box.row(), p_.classes, kRegionStrip);
     march_backward(
         p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
-        [&](int64_t d, int64_t h, int64_t count) { anchor_rows(n, d, h, count, box); },
+        [&](int64_t d, int64_t h, int64_t count) { anchor_rows(n, d, h, count, box, direct); },
         [&](int64_t d, int64_t h, int64_t count) {
-          const int64_t written = gather_rows(n, d, h, count, box, direct);
-          for (int64_t i = 0; i < count && written < box.extent(2); ++i)
-            store(d + i, h, box.begin[2] + written, row_.data + i * row_.plane_stride + written,
-                  row_.class_stride);
+          if (gather_rows(n, d, h, count, box, direct)) return;
+          for (int64_t i = 0; i < count; ++i)
+            store(d + i, h, row_.data + i * row_.plane_stride, row_.class_stride);
         });
   }
 
- private:
-  static constexpr int64_t kLine = 64 / sizeof(T);
+  Anchors& anchors() { return stage_; }
+  const RegionBadLabel& bad() const { return planes_.label_rows.bad(); }
 
-  void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box) {
+ private:
+  void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
+                   const DirectRows<T>& direct) {
     const int64_t radius = p_.radius[2], begin = box.begin[2] - radius, width = box.extent(2) + 2 * radius;
-    for (int64_t i = 0; i < count; ++i) slopes_.load(i, n, d + i, h, anchors_.box, /*with_lse=*/true);
     merge_.aim(d, h, count, /*anchors=*/false);
-    for (int64_t x = 0; x < width; x += kRegionSegment) {
-      const int64_t columns = smaller(kRegionSegment, width - x);
-      merged_.pool(merge_, radius + x, columns);
+    const Int* own[kRegionStrip];
+    T* out[kRegionStrip];
+    for (int64_t i = 0; i < count; ++i) {
+      stage_.begin(i, n, d + i, h, anchors_.box);
+      own[i] = planes_.labels.at(d + i, h, begin);
+      out[i] = anchors_.at(d + i, h, begin);
+    }
+    for (int64_t x = 0; x < width; x += S::lanes) {
+      merged_.pool(merge_, radius + x);
+      stage_.tile(merged_);
       for (int64_t i = 0; i < count; ++i) {
-        const Int* own_row = planes_.labels.at(d + i, h, begin + x);
-        const T *slopes = slopes_.slopes(i) + radius + x, *lse = slopes_.lse(i) + radius + x;
-        T* out = anchors_.at(d + i, h, begin + x);
-        for (int64_t j = 0; j < columns; j += S::lanes) {
-          if (j % kLine == 0 && p_.low[0] == 0)
-            prefetch_logits(p_, n, d + p_.radius[0] + strip_ + i, h, larger(0, begin) + x + j);
-          const int64_t at = i * kRegionSegment + j;
-          vector(S::load(own_row + j), S::load(merged_.totals + at), S::load(slopes + j), S::load(lse + j),
-                 merged_.sums.get() + at, out + j);
-        }
+        const M labels = S::load(own[i] + x);
+        stage_.vector(merge_, merged_,
+                      {i, radius + x, labels, merged_.scale(i, labels), out[i] + x, anchors_.class_stride,
+                       Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x),
+                       direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)});
       }
     }
+    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, 2 * radius, own[i] + radius);
   }
 
-  // Gradients of one vector of anchors from its sums.
-  DYNPLAN_INLINE void vector(M own, V total, V slope, V lse, const T* merged, T* out) const {
-    const M valid = own >= 0;
-    const V scale = S::masked(valid, T(1) / (valid ? total : S::fill(1)));
-    const V share = slope * scale;
-    V hard = share * weights_.hard;
-    if (weights_.weight)
-      for (int lane = 0; lane < S::lanes; ++lane) hard[lane] *= weights_.of(own[lane]);
-    const V mass = hard + share * weights_.soft_sum;
-    const int64_t stride = anchors_.class_stride;
-    for (int64_t c = 0; c < p_.classes; ++c)
-      S::store(out + c * stride,
-               mass * S::exp(S::load(merged + c * MergedBlock<T>::kClassStride) * scale - lse));
-    if (const Int label = own[0]; label >= 0 && S::all(own == label)) {
-      S::store(out + label * stride, S::load(out + label * stride) - hard);
-    } else {
-      for (int lane = 0; lane < S::lanes; ++lane)
-        if (own[lane] >= 0) out[own[lane] * stride + lane] -= hard[lane];
-    }
-    if (weights_.soft > 0)
-      for (int64_t c = 0; c < p_.classes; ++c)
-        S::store(out + c * stride, S::load(out + c * stride) - share * (weights_.soft * weights_.at(c)));
-  }
-
-  // Whole vectors of the rows go to `direct` where it can take them, the others to row_. Returns how many
-  // columns went to `direct`.
-  int64_t gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
-                      const DirectRows<T>& direct) {
-    const int64_t width = box.extent(2), direct_columns = direct.base ? width / S::lanes * S::lanes : 0;
+  // Rows go to `direct` where it can take them, else to row_. The last tile of a row in place starts where it
+  // ends with the row, and repeats some columns of the one before.
+  bool gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
+                   const DirectRows<T>& direct) {
+    const int64_t width = box.extent(2);
+    const bool in_place = direct.base && width >= S::lanes;
     gather_.aim(d, h, count, /*anchors=*/true);
-    for (int64_t x = 0; x < width;) {
-      const bool in_place = x < direct_columns;
-      const int64_t columns = smaller(kRegionSegment, (in_place ? direct_columns : width) - x);
-      BlockOutput<T> out{{}, in_place ? direct.class_stride : row_.class_stride};
-      for (int64_t i = 0; i < count; ++i)
+    for (int64_t column = 0; column < width; column += S::lanes) {
+      const int64_t x = in_place ? smaller(column, width - S::lanes) : column;
+      TileOutput<T> out{{}, in_place ? direct.class_stride : row_.class_stride};
+      for (int64_t i = 0; i < kRegionStrip; ++i) {
+        const int64_t row = smaller(i, count - 1);
         out.row[i] =
-            in_place ? direct.at(n, d + i, h, box.begin[2] + x) : row_.data + i * row_.plane_stride + x;
-      gather_.run(2 * p_.radius[2] + x, columns, out, nullptr);
-      x += columns;
+            in_place ? direct.at(n, d + row, h, box.begin[2] + x) : row_.data + row * row_.plane_stride + x;
+      }
+      gather_.run(2 * p_.radius[2] + x, out, nullptr);
     }
-    return direct_columns;
+    return in_place;
   }
 
   const RegionCrossEntropyParams& p_;
   int64_t strip_;
-  ClassWeights<T> weights_;
-  SlopeRows<T> slopes_;
+  Anchors stage_;
   Planes<T> planes_;
   Ring<T> anchors_;  // g_q
   Ring<T> row_;      // a strip of gradient
   Scratch<T> anchor_memory_, row_memory_;
   Pool<T> merge_, gather_;
-  MergedBlock<T> merged_;
+  MergedTile<T> merged_;
 };
+
+template <class T>
+using RegionBackward = RegionGradient<T, BackwardAnchors<T>>;
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

@@ -2,79 +2,127 @@
 // sums. Included by isa/region_cross_entropy_*.cpp alone.
 #pragma once
 
+#include <atomic>
+
 #include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy_once.h"
 #include "kernels/region_cross_entropy_probs.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
+// run(kernel, unit) for all units. Each thread takes the next that nobody has taken, so that a thread that
+// other work slows down takes fewer. (A range of `parallel` stands for a thread; which one it is is ignored.)
+template <class Make, class Run>
+void for_units(int64_t units, Parallel parallel, Make make, Run run) {
+  std::atomic<int64_t> next = 0;
+  parallel(units, 1, [&](int64_t, int64_t) {
+    int64_t unit = next++;
+    if (unit >= units) return;
+    for (auto kernel = make(); unit < units; unit = next++) run(*kernel, unit);
+  });
+}
+
+// What units leave beside tensors, combined in their order.
+class UnitResults {
+ public:
+  explicit UnitResults(int64_t units) : units_(units), sums_(new PowerSum[units]), bad_(new RegionBadLabel[units]) {}
+
+  void set(int64_t unit, const PowerSum& sum, const RegionBadLabel& bad) {
+    sums_[unit] = sum;
+    bad_[unit] = bad;
+  }
+
+  // Writes value and normaliser, and the first bad label.
+  template <class T>
+  PowerSum finish(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                  RegionBadLabel& bad) const {
+    PowerSum total;
+    for (int64_t unit = 0; unit < units_; ++unit) {
+      total.merge(sums_[unit], p.p);
+      if (!bad.found) bad = bad_[unit];
+    }
+    *static_cast<T*>(state.value) = static_cast<T>(total.value(p));
+    *state.normalizer = total.normalizer;
+    return total;
+  }
+
+ private:
+  int64_t units_;
+  std::unique_ptr<PowerSum[]> sums_;
+  std::unique_ptr<RegionBadLabel[]> bad_;
+};
+
+template <class T, class Kernel>
+Tiling tiling_of(const RegionCrossEntropyParams& p) {
+  return Tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p), Pool<T>::strip(p));
+}
+
 template <class T, class Kernel>
 RegionBadLabel run_forward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                            Parallel parallel) {
-  const Tiling tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p),
-                      Pool<T>::strip(p));
-  const int64_t units = tiling.units();
-  const std::unique_ptr<PowerSum[]> sums(new PowerSum[units]);
-  const std::unique_ptr<RegionBadLabel[]> bad(new RegionBadLabel[units]);
-  parallel(units, 1, [&](int64_t begin, int64_t end) {
-    Kernel kernel(p, state);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      Box box;
-      const int64_t n = tiling.box(unit, box);
-      sums[unit] = kernel.run(n, box);
-      bad[unit] = kernel.bad();
-    }
-  });
-  PowerSum total;
-  RegionBadLabel first_bad;
-  for (int64_t unit = 0; unit < units; ++unit) {
-    total.merge(sums[unit], p.p);
-    if (!first_bad.found) first_bad = bad[unit];
-  }
-  *static_cast<T*>(state.value) = static_cast<T>(total.value(p));
-  *state.normalizer = total.normalizer;
-  return first_bad;
+  const Tiling tiling = tiling_of<T, Kernel>(p);
+  UnitResults results(tiling.units());
+  for_units(
+      tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state); },
+      [&](Kernel& kernel, int64_t unit) {
+        Box box;
+        const int64_t n = tiling.box(unit, box);
+        const PowerSum sum = kernel.run(n, box);
+        results.set(unit, sum, kernel.bad());
+      });
+  RegionBadLabel bad;
+  results.finish<T>(p, state, bad);
+  return bad;
+}
+
+// The gradient at the logits' resolution: `done(kernel, unit)` after each box.
+template <class T, class Kernel, class Done>
+void run_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                  const RegionCrossEntropyGrad& grad, Parallel parallel, Done done) {
+  const Tiling tiling = tiling_of<T, Kernel>(p);
+  for_units(
+      tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state, grad); },
+      [&](Kernel& kernel, int64_t unit) {
+        Box box;
+        const int64_t n = tiling.box(unit, box);
+        kernel.run(n, box, DirectRows<T>(p, grad),
+                   [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
+                     store_gradient(p, grad, n, d, h, box.begin[2], box.end[2], row, class_stride);
+                   });
+        done(kernel, unit);
+      });
 }
 
 template <class T, class Kernel>
 void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                   const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  const int64_t columns = Tiling::columns(Kernel::bytes_per_column(p));
-  if (p.low[0] == 0) {
-    const Tiling tiling(p.batch, p.size, columns, Tiling::march(p), Pool<T>::strip(p));
-    parallel(tiling.units(), 1, [&](int64_t begin, int64_t end) {
-      Kernel kernel(p, state, grad);
-      for (int64_t unit = begin; unit < end; ++unit) {
-        Box box;
-        const int64_t n = tiling.box(unit, box);
-        kernel.run(n, box, DirectRows<T>(p, grad),
-                   [&](int64_t d, int64_t h, int64_t first, const T* row, int64_t class_stride) {
-                     store_gradient(p, grad, n, d, h, first, box.end[2], row, class_stride);
-                   });
-      }
-    });
-    return;
-  }
+  if (p.low[0] == 0) return run_gradient<T, Kernel>(p, state, grad, parallel, [](Kernel&, int64_t) {});
   // Units are boxes of low-resolution pixels: each is written by one unit, in a fixed order.
   const int64_t low[3] = {p.low[0], 1, p.low[1]};
   const auto shrunk = [](int64_t full_length, int64_t low_size, int64_t full_size) {
     return larger(1, full_length * low_size / larger(1, full_size));
   };
+  const int64_t columns = Tiling::columns(Kernel::bytes_per_column(p));
   const Tiling tiling(p.batch, low, shrunk(columns, p.low[1], p.size[2]),
                       shrunk(Tiling::march(p), p.low[0], p.size[0]), 1);
-  parallel(tiling.units(), 1, [&](int64_t begin, int64_t end) {
-    Kernel kernel(p, state, grad);
-    UpsampledGradient<T> folded(p, grad);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      Box box;
-      const int64_t n = tiling.box(unit, box);
-      folded.begin(n, box);
-      kernel.run(n, folded.support(box), DirectRows<T>(),
-                 [&](int64_t d, int64_t, int64_t, const T* row, int64_t class_stride) {
-                   folded.add(d, row, class_stride);
-                 });
-      folded.finish();
-    }
-  });
+  struct Folding {
+    Kernel kernel;
+    UpsampledGradient<T> folded;
+    Folding(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+            const RegionCrossEntropyGrad& grad)
+        : kernel(p, state, grad), folded(p, grad) {}
+  };
+  for_units(
+      tiling.units(), parallel, [&] { return std::make_unique<Folding>(p, state, grad); },
+      [&](Folding& to, int64_t unit) {
+        Box box;
+        const int64_t n = tiling.box(unit, box);
+        to.folded.begin(n, box);
+        to.kernel.run(
+            n, to.folded.support(box), DirectRows<T>(),
+            [&](int64_t d, int64_t, const T* row, int64_t class_stride) { to.folded.add(d, row, class_stride); });
+        to.folded.finish();
+      });
 }
 
 template <class T>
@@ -91,6 +139,27 @@ void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyStat
   run_backward<T, RegionBackward<T>>(p, state, grad, parallel);
 }
 
+// region_cross_entropy_once.h where it applies, else forward and backward one after the other.
+template <class T>
+double once_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+               RegionCrossEntropyGrad grad, RegionBadLabel& bad, Parallel parallel) {
+  const T one = 1;
+  grad.grad_value = &one;
+  const bool strided = p.stride[0] > 1 || p.stride[1] > 1 || p.stride[2] > 1;
+  if (p.merge == RegionMerge::logits && p.label_smoothing == 0 && !strided && p.low[0] == 0) {
+    UnitResults results(tiling_of<T, RegionOnce<T>>(p).units());
+    run_gradient<T, RegionOnce<T>>(p, state, grad, parallel, [&](RegionOnce<T>& kernel, int64_t unit) {
+      results.set(unit, kernel.anchors().total(), kernel.bad());
+    });
+    const PowerSum total = results.finish<T>(p, state, bad);
+    if (const double factor = once_factor(p, total); factor != 0) return factor;
+  } else {
+    bad = forward_of<T>(p, state, parallel);
+  }
+  backward_of<T>(p, state, grad, parallel);
+  return 1;
+}
+
 // Double precision is compiled for the baseline alone: it serves gradient checks, and its exponentials are
 // libm's.
 static RegionBadLabel forward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
@@ -104,22 +173,39 @@ static RegionBadLabel forward(const RegionCrossEntropyParams& given, const Regio
 #endif
 }
 
-static void backward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
-                     const RegionCrossEntropyGrad& given_grad, Parallel parallel) {
-  const RegionCrossEntropyParams p = marched(given);
-  RegionCrossEntropyGrad grad = given_grad;
+// Marching order of the gradient's strides.
+static RegionCrossEntropyGrad marched(RegionCrossEntropyGrad grad, const RegionCrossEntropyParams& given) {
   if (is_image(given)) {
     exchange(grad.grad_losses_stride[1], grad.grad_losses_stride[2]);
     exchange(grad.grad_input_stride[2], grad.grad_input_stride[3]);
   }
-  if (p.logit != RegionLogit::f64) return backward_of<float>(p, state, grad, parallel);
+  return grad;
+}
+
+static void backward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
+                     const RegionCrossEntropyGrad& given_grad, Parallel parallel) {
+  const RegionCrossEntropyParams p = marched(given);
+  if (p.logit != RegionLogit::f64)
+    return backward_of<float>(p, state, marched(given_grad, given), parallel);
 #if DYNPLAN_VECTOR_BYTES == 16
-  backward_of<double>(p, state, grad, parallel);
+  backward_of<double>(p, state, marched(given_grad, given), parallel);
 #else
   baseline::region_cross_entropy.backward(given, state, given_grad, parallel);
 #endif
 }
 
-const RegionCrossEntropyKernels region_cross_entropy = {&forward, &backward};
+static double once(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
+                   const RegionCrossEntropyGrad& given_grad, RegionBadLabel& bad, Parallel parallel) {
+  const RegionCrossEntropyParams p = marched(given);
+  if (p.logit != RegionLogit::f64)
+    return once_of<float>(p, state, marched(given_grad, given), bad, parallel);
+#if DYNPLAN_VECTOR_BYTES == 16
+  return once_of<double>(p, state, marched(given_grad, given), bad, parallel);
+#else
+  return baseline::region_cross_entropy.once(given, state, given_grad, bad, parallel);
+#endif
+}
+
+const RegionCrossEntropyKernels region_cross_entropy = {&forward, &backward, &once};
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

@@ -117,26 +117,22 @@ class RegionProbsForward {
     const Ring<Int>& labels = planes_.planes.labels;
     const int64_t margin = box.begin[2] - labels.box.begin[2];
     pool_.aim(d, h, count, /*anchors=*/false);
-    for (int64_t x = 0; x < box.extent(2); x += kRegionSegment) {
-      const int64_t columns = smaller(kRegionSegment, box.extent(2) - x);
-      merged_.pool(pool_, margin + x, columns);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < columns; j += S::lanes) {
-          if (out_.counts()) S::store(out_.agreement(i) + x + j, pool_.agreement(i, margin + x + j));
-          const int64_t at = i * kRegionSegment + j;
-          vector(S::load(labels.at(d + i, h, box.begin[2] + x + j)), S::load(merged_.sums.get() + at),
-                 S::load(merged_.totals + at), out_.losses(i) + x + j);
-        }
+    for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
+      merged_.pool(pool_, margin + x);
+      for (int64_t i = 0; i < count; ++i) {
+        if (out_.counts()) S::store(out_.agreement(i) + x, pool_.agreement(i, margin + x));
+        vector(S::load(labels.at(d + i, h, box.begin[2] + x)), merged_.at(0, i), merged_.totals[i],
+               out_.losses(i) + x);
+      }
     }
     for (int64_t i = 0; i < count; ++i)
-      out_.write(i, n, d + i, h, box, labels.at(d + i, h, box.begin[2]), /*with_lse=*/false, total);
+      out_.write(i, n, d + i, h, box, 0, labels.at(d + i, h, box.begin[2]), /*with_lse=*/false, total);
   }
 
   DYNPLAN_INLINE void vector(M own, V sum, V total_weight, T* losses) const {
     const M valid = own >= 0;
     V loss = -S::log(valid ? sum / total_weight : S::fill(1));
-    if (out_.weights().weight)
-      for (int lane = 0; lane < S::lanes; ++lane) loss[lane] *= out_.weights().of(own[lane]);
+    if (out_.weights().weight) loss *= out_.weights().of(own);
     S::store(losses, S::masked(valid, S::at_least(loss, 0)));
   }
 
@@ -145,7 +141,7 @@ class RegionProbsForward {
   LossRows<T> out_;
   ProbabilityPlanes<T> planes_;
   Pool<T> pool_;
-  MergedBlock<T> merged_;
+  MergedTile<T> merged_;
 };
 
 template <class T>
@@ -190,34 +186,31 @@ class RegionProbsBackward {
     const int64_t radius = p_.radius[2], begin = box.begin[2] - radius, width = box.extent(2) + 2 * radius;
     for (int64_t i = 0; i < count; ++i) slopes_.load(i, n, d + i, h, anchors_.box, /*with_lse=*/false);
     merge_.aim(d, h, count, /*anchors=*/false);
-    for (int64_t x = 0; x < width; x += kRegionSegment) {
-      const int64_t columns = smaller(kRegionSegment, width - x);
-      merged_.pool(merge_, radius + x, columns);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < columns; j += S::lanes) {
-          const M own = S::load(planes_.planes.labels.at(d + i, h, begin + x + j)), valid = own >= 0;
-          const V sum = S::load(merged_.sums.get() + i * kRegionSegment + j);
-          V g = S::load(slopes_.slopes(i) + radius + x + j) / (valid ? sum : S::fill(1));
-          if (weights_.weight)
-            for (int lane = 0; lane < S::lanes; ++lane) g[lane] *= weights_.of(own[lane]);
-          S::store(anchors_.at(d + i, h, begin + x + j), S::masked(valid, g));
-        }
+    for (int64_t x = 0; x < width; x += S::lanes) {
+      merged_.pool(merge_, radius + x);
+      for (int64_t i = 0; i < count; ++i) {
+        const M own = S::load(planes_.planes.labels.at(d + i, h, begin + x)), valid = own >= 0;
+        V g = S::load(slopes_.slopes(i) + radius + x) / (valid ? merged_.at(0, i) : S::fill(1));
+        if (weights_.weight) g *= weights_.of(own);
+        S::store(anchors_.at(d + i, h, begin + x), S::masked(valid, g));
+      }
     }
   }
 
   template <class Store>
   void gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, Store store) {
     gather_.aim(d, h, count, /*anchors=*/true);
-    // Segments of all rows first, into sums that the rows then use one by one.
+    // Tiles of all rows first, into sums that the rows then use one by one.
     gathered_.reset(gathered_memory_, box.row(), 1, kRegionStrip);
-    for (int64_t x = 0; x < box.extent(2); x += kRegionSegment) {
-      BlockOutput<T> out{{}, 0};
-      for (int64_t i = 0; i < count; ++i) out.row[i] = gathered_.data + i * gathered_.plane_stride + x;
-      gather_.run(2 * p_.radius[2] + x, smaller(kRegionSegment, box.extent(2) - x), out, nullptr);
+    for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
+      TileOutput<T> out{{}, 0};
+      for (int64_t i = 0; i < kRegionStrip; ++i)
+        out.row[i] = gathered_.data + smaller(i, count - 1) * gathered_.plane_stride + x;
+      gather_.run(2 * p_.radius[2] + x, out, nullptr);
     }
     for (int64_t i = 0; i < count; ++i) {
       gradient_row(n, d + i, h, box, gathered_.data + i * gathered_.plane_stride);
-      store(d + i, h, box.begin[2], row_.data, row_.class_stride);
+      store(d + i, h, row_.data, row_.class_stride);
     }
   }
 
@@ -247,7 +240,7 @@ class RegionProbsBackward {
   Ring<T> row_;  // of gradient
   Scratch<T> anchor_memory_, gathered_memory_, row_memory_;
   Pool<T> merge_, gather_;
-  MergedBlock<T> merged_;
+  MergedTile<T> merged_;
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

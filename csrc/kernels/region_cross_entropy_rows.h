@@ -183,17 +183,31 @@ void load_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_
   });
 }
 
-// Asks for what load_logits(..., begin = w) will read next, one cache line of each class: spread over the
-// arithmetic, so that memory works meanwhile. Hardware does not follow as many streams as there are classes.
-// (Always inline: a function that only prefetches counts as free of effects, and calls to it are dropped.)
-DYNPLAN_INLINE void prefetch_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h,
-                                    int64_t w) {
-  if (p.input_stride[4] != 1 || d >= p.size[0] || w >= p.size[2]) return;
-  const int64_t bytes = p.logit == RegionLogit::f64 ? 8 : p.logit == RegionLogit::f32 ? 4 : 2;
-  const char* at = static_cast<const char*>(p.input) +
-                   bytes * (n * p.input_stride[0] + d * p.input_stride[2] + h * p.input_stride[3] + w);
-  for (int64_t c = 0; c < p.classes; ++c) __builtin_prefetch(at + bytes * c * p.input_stride[1], 0, 3);
-}
+// Asks for memory that will be used later, a cache line of one class at a time: between the arithmetic, so
+// that memory works meanwhile. Hardware does not follow as many streams as there are classes.
+class Prefetch {
+ public:
+  Prefetch() = default;  // nothing to be had: a line that is there anyway
+  DYNPLAN_INLINE Prefetch(const void* at, int64_t class_bytes)
+      : at_(static_cast<const char*>(at)), class_bytes_(class_bytes) {}
+
+  // What load_logits will read of pixel (n, d, h, w).
+  DYNPLAN_INLINE static Prefetch logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h,
+                                        int64_t w) {
+    const bool inside = d < p.size[0] && w >= 0 && w < p.size[2];
+    if (p.input_stride[4] != 1 || p.low[0] > 0 || !inside) return {};
+    const int64_t bytes = p.logit == RegionLogit::f64 ? 8 : p.logit == RegionLogit::f32 ? 4 : 2;
+    const int64_t pixel = n * p.input_stride[0] + d * p.input_stride[2] + h * p.input_stride[3] + w;
+    return {static_cast<const char*>(p.input) + bytes * pixel, bytes * p.input_stride[1]};
+  }
+
+  // (Always inline: a function that only prefetches counts as free of effects, and calls to it are dropped.)
+  DYNPLAN_INLINE void operator()(int64_t c) const { __builtin_prefetch(at_ + c * class_bytes_, 0, 3); }
+
+ private:
+  const char* at_ = reinterpret_cast<const char*>(this);
+  int64_t class_bytes_ = 0;
+};
 
 // The reverse of load_logits, for the gradient, which has its own strides.
 template <class T>

@@ -26,22 +26,15 @@ struct Simd {
   typedef Int M __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
   typedef std::make_unsigned_t<Int> U __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
   static constexpr int lanes = DYNPLAN_VECTOR_BYTES / sizeof(T);
+  // Vectors anywhere in memory. Unlike with memcpy, the compiler knows that storing one changes no pointer
+  // and no count.
+  typedef T AnyV __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(sizeof(T))));
+  typedef Int AnyM __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(sizeof(T))));
 
-  DYNPLAN_INLINE static V load(const T* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  DYNPLAN_INLINE static M load(const Int* p) {
-    M v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  DYNPLAN_INLINE static void store(Int* p, M v) { std::memcpy(p, &v, sizeof v); }
-  DYNPLAN_INLINE static void store(T* p, V v) { std::memcpy(p, &v, sizeof v); }
-  DYNPLAN_INLINE static void store(T* p, V v, int64_t count) {
-    std::memcpy(p, &v, count < lanes ? count * sizeof(T) : sizeof v);
-  }
+  DYNPLAN_INLINE static V load(const T* p) { return *reinterpret_cast<const AnyV*>(p); }
+  DYNPLAN_INLINE static M load(const Int* p) { return *reinterpret_cast<const AnyM*>(p); }
+  DYNPLAN_INLINE static void store(Int* p, M v) { *reinterpret_cast<AnyM*>(p) = v; }
+  DYNPLAN_INLINE static void store(T* p, V v) { *reinterpret_cast<AnyV*>(p) = v; }
   DYNPLAN_INLINE static V fill(T value) { return V{} + value; }
   DYNPLAN_INLINE static M fill_int(Int value) { return M{} + value; }
   DYNPLAN_INLINE static V masked(M mask, V v) { return std::bit_cast<V>(mask & std::bit_cast<M>(v)); }

@@ -80,7 +80,7 @@ class Tiling {
 
   // Room for rings that cost `bytes` per column.
   static int64_t columns(int64_t bytes) {
-    constexpr int64_t kScratchBytes = 320 * 1024;  // of a second-level cache of 512 KiB or more
+    constexpr int64_t kScratchBytes = 640 * 1024;  // of a second-level cache of 1 MiB or more
     return larger(64, kScratchBytes / larger(1, bytes));
   }
 

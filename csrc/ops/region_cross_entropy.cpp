@@ -241,6 +241,8 @@ kernels::RegionCrossEntropyGrad region_cross_entropy_grad(
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {
   const auto def = [&](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
   def("region_cross_entropy(" REGION_FORWARD REGION_OPTIONS ", bool agreement) -> " REGION_OUTPUTS);
+  def("_region_cross_entropy_once(" REGION_FORWARD REGION_OPTIONS
+      ") -> (Tensor value, Tensor normalizer, Tensor losses, Tensor lse, Tensor grad_input)");
   def("_region_cross_entropy_backward(" REGION_BACKWARD REGION_STATE REGION_OPTIONS ") -> Tensor");
   def("region_cross_entropy_upsampled(" REGION_FORWARD "bool align_corners, " REGION_OPTIONS
       ", bool agreement) -> " REGION_OUTPUTS);

@@ -2,9 +2,14 @@
 // has
 //   static void forward(const char* op, const at::Tensor& input, const Params&, const State&)
 //   static void backward(const char* op, const at::Tensor& input, const Params&, const State&, const Grad&)
+// and, where it has them, the op that does both at once and returns what the gradient is to be multiplied by,
+// and something to be done with a new gradient:
+//   static double once(const char* op, const Params&, const State&, const Grad&)
+//   static void allocated(const at::Tensor&)
 #pragma once
 
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -30,6 +35,7 @@ class RegionCrossEntropyOps {
     m.impl("_region_cross_entropy_backward", &plain_backward);
     m.impl("region_cross_entropy_upsampled", &upsampled);
     m.impl("_region_cross_entropy_upsampled_backward", &upsampled_backward);
+    if constexpr (requires { &Backend::once; }) m.impl("_region_cross_entropy_once", &once);
   }
 
  private:
@@ -49,18 +55,34 @@ class RegionCrossEntropyOps {
     return params;
   }
 
+  static kernels::RegionCrossEntropyState state_of(const RegionOutputs& out) {
+    return {.losses = out.losses.mutable_data_ptr(),
+            .lse = out.lse.mutable_data_ptr(),
+            .agreement = out.agreement.numel() > 0 ? out.agreement.template mutable_data_ptr<int16_t>() : nullptr,
+            .value = out.value.mutable_data_ptr(),
+            .normalizer = out.normalizer.template mutable_data_ptr<double>()};
+  }
+
+  // A new gradient of `input`, and where it goes.
+  static Tensor grad_input_of(const Tensor& input, kernels::RegionCrossEntropyGrad& grad) {
+    Tensor grad_input = at::empty_like(input);
+    if constexpr (requires { Backend::allocated(grad_input); }) Backend::allocated(grad_input);
+    grad.grad_input = grad_input.mutable_data_ptr();
+    const int64_t axes = input.dim() - 2;
+    grad.grad_input_stride[0] = grad_input.stride(0);
+    grad.grad_input_stride[1] = grad_input.stride(1);
+    for (int64_t axis = 0; axis < axes; ++axis)
+      grad.grad_input_stride[5 - axes + axis] = grad_input.stride(axis + 2);
+    return grad_input;
+  }
+
   static Outputs forward(const char* op, const Tensor& input, const Tensor& target,
                          const OptionalTensor& weight, std::optional<bool> align_corners,
                          const RegionOptions& options, bool agreement) {
     Tensor dense_weight;
     const auto params = make_params(op, input, target, weight, align_corners, options, dense_weight);
-    RegionOutputs out = region_cross_entropy_outputs(params, input, target, agreement);
-    Backend::forward(op, input, params,
-                     {.losses = out.losses.mutable_data_ptr(),
-                      .lse = out.lse.mutable_data_ptr(),
-                      .agreement = agreement ? out.agreement.template mutable_data_ptr<int16_t>() : nullptr,
-                      .value = out.value.mutable_data_ptr(),
-                      .normalizer = out.normalizer.template mutable_data_ptr<double>()});
+    const RegionOutputs out = region_cross_entropy_outputs(params, input, target, agreement);
+    Backend::forward(op, input, params, state_of(out));
     return {out.value, out.normalizer, out.losses, out.lse, out.agreement};
   }
 
@@ -72,13 +94,7 @@ class RegionCrossEntropyOps {
     const auto params = make_params(op, input, target, weight, align_corners, options, dense_weight);
     auto grad =
         region_cross_entropy_grad(op, params, grad_value, grad_losses, input, value, normalizer, losses, lse);
-    Tensor grad_input = at::empty_like(input);
-    grad.grad_input = grad_input.mutable_data_ptr();
-    const int64_t axes = input.dim() - 2;
-    grad.grad_input_stride[0] = grad_input.stride(0);
-    grad.grad_input_stride[1] = grad_input.stride(1);
-    for (int64_t axis = 0; axis < axes; ++axis)
-      grad.grad_input_stride[5 - axes + axis] = grad_input.stride(axis + 2);
+    Tensor grad_input = grad_input_of(input, grad);
     // The backward only reads the state; the struct is the one that the forward writes through.
     Backend::backward(op, input, params,
                       {.losses = const_cast<void*>(losses.const_data_ptr()),
@@ -87,6 +103,22 @@ class RegionCrossEntropyOps {
                        .normalizer = const_cast<double*>(normalizer.template const_data_ptr<double>())},
                       grad);
     return grad_input;
+  }
+
+  static Outputs once(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                      Ints kernel_size, Ints stride, Floats spacing, double sigma, double p, Word merge,
+                      Word normalize, Ints ignore_index, double label_smoothing, Word reduction) {
+    Tensor dense_weight;
+    const auto params = make_params(
+        kPlain, input, target, weight, std::nullopt,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+        dense_weight);
+    const RegionOutputs out = region_cross_entropy_outputs(params, input, target, /*agreement=*/false);
+    kernels::RegionCrossEntropyGrad grad;
+    Tensor grad_input = grad_input_of(input, grad);
+    const double factor = Backend::once(kPlain, params, state_of(out), grad);
+    if (factor != 1) grad_input.mul_(factor);
+    return {out.value, out.normalizer, out.losses, out.lse, grad_input};
   }
 
   static Outputs plain(const Tensor& input, const Tensor& target, const OptionalTensor& weight,

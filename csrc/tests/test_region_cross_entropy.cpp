@@ -18,6 +18,7 @@ struct Case {
   double p = 5, smoothing = 0;
   RegionMerge merge = RegionMerge::logits;
   RegionNormalize normalize = RegionNormalize::weight;
+  int64_t object = 0;  // columns and rows of one label; 0: short runs along rows, some ignored
 };
 
 bool close(double a, double b, double tolerance) {
@@ -37,6 +38,8 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
   for (int64_t& y : target) {  // runs of one label, some ignored
     if (random() % 6 == 0) run = static_cast<int64_t>(random() % 3) - (random() % 10 == 0 ? 100 : 0);
     y = run < 0 ? -100 : run % c.classes;
+    const int64_t i = &y - target.data(), row = i / c.size[2] % c.size[1], column = i % c.size[2];
+    if (c.object > 0) y = (row / c.object + column / c.object) % c.classes;
   }
 
   RegionCrossEntropyParams params;
@@ -102,6 +105,19 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
   grad.grad_input = again.data();
   kernels.backward(params, state, grad, serial);
   EXPECT(std::memcmp(again.data(), gradient.data(), gradient.size() * sizeof(T)) == 0);
+
+  // Both at once, up to a factor.
+  std::vector<T> both(gradient.size(), poison);
+  grad.grad_value = nullptr;
+  grad.grad_input = both.data();
+  RegionBadLabel bad;
+  value = poison;
+  const double factor = upstream * kernels.once(params, state, grad, bad, dynplan::test::threads);
+  EXPECT(!bad.found && close(value, expected.value, tolerance));
+  same = true;
+  for (size_t i = 0; i < both.size(); ++i)
+    same = same && std::abs(factor * both[i] - expected.grad_input[i]) <= tolerance;
+  EXPECT(same);
 }
 
 }  // namespace
@@ -132,8 +148,11 @@ int main() {
   volume.stride[0] = 2;
   cases.push_back(volume);
   cases.push_back(Case{.batch = 1, .classes = 2, .size = {1, 110, 150}});  // several units of work
-  for (int radius : {3, 5, 7})                                             // several segments of work
+  for (int radius : {3, 5, 7}) {  // windows of one label and of two, beside those of many
     cases.push_back(Case{.batch = 1, .classes = 2, .size = {1, 13, 230}, .radius = {0, radius, radius}});
+    cases.push_back(Case{.size = {1, 41, 70}, .radius = {0, radius, radius}, .object = 19});
+  }
+  cases.push_back(Case{.size = {5, 21, 30}, .radius = {1, 1, 1}, .object = 9});
   cases.push_back(Case{.size = {1, 1, 1}, .radius = {0, 7, 7}});
   cases.push_back(Case{.batch = 0});
 

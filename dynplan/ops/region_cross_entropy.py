@@ -11,6 +11,7 @@ from dynplan.ops.region_minkowski import mean_over_ranks
 
 _region_cross_entropy = find_op("region_cross_entropy")
 _region_cross_entropy_upsampled = find_op("region_cross_entropy_upsampled")
+_region_cross_entropy_once = find_op("_region_cross_entropy_once")
 
 
 class RegionStats(NamedTuple):
@@ -164,12 +165,13 @@ def run(
         list(ignore_index) if isinstance(ignore_index, Sequence) else [ignore_index],
         float(label_smoothing),
         "sum" if reduction == "sum" else "mean",
-        agreement,
     )
-    if align_corners is None:
-        outputs = _region_cross_entropy(input, target, weight, *options)
+    if align_corners is not None:
+        outputs = _region_cross_entropy_upsampled(input, target, weight, align_corners, *options, agreement)
+    elif agreement or reduction == "none" or not _gradient_at_once(input, merge, options):
+        outputs = _region_cross_entropy(input, target, weight, *options, agreement)
     else:
-        outputs = _region_cross_entropy_upsampled(input, target, weight, align_corners, *options)
+        outputs = _region_cross_entropy_once(input, target, weight, *options)
     loss, normalizer, losses, _, counts = outputs
     if reduction == "none":
         loss = losses
@@ -178,28 +180,37 @@ def run(
     return RegionStats(loss, normalizer, losses, counts)
 
 
+def _gradient_at_once(input: Tensor, merge: str, options: tuple) -> bool:
+    """Whether the gradient will be wanted and costs least when it is made with the loss: on CPU in float32.
+
+    (A gradient in 16 bits would be rounded twice. Graphs that are traced keep forward and backward apart.)
+    """
+    _, stride, *_, label_smoothing, _ = options
+    return (
+        input.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and merge == "logits"
+        and label_smoothing == 0
+        and all(s == 1 for s in stride)
+    )
+
+
 def _per_axis(value, axes: int, number: type) -> list:
     return [number(v) for v in value] if isinstance(value, Sequence) else [number(value)] * axes
 
 
 def _register(op: str, extra: int) -> None:
-    """Fake and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
-    OPTIONS."""
+    """Fakes and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
+    OPTIONS, and of its backward."""
     backward_op = find_op(f"_{op}_backward")
 
     def fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest):
-        kernel_size, stride, merge, agreement = rest[extra], rest[extra + 1], rest[extra + 5], rest[-1]
-        _check_shapes(op, input, target, len(kernel_size), len(stride))
-        acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-        space = target.shape[1:]
-        anchors = (target.shape[0], *((n + s - 1) // s for n, s in zip(space, stride, strict=True)))
-        return (
-            input.new_empty((), dtype=acc),
-            input.new_empty((), dtype=torch.float64),
-            input.new_empty(anchors, dtype=acc),
-            input.new_empty(target.shape if merge == "probs" else anchors, dtype=acc),
-            input.new_empty(anchors if agreement else (0,), dtype=torch.int16),
-        )
+        state = _fake_state(op, input, target, *rest[extra : extra + 2], merge=rest[extra + 5])
+        agreement = input.new_empty(state[2].shape if rest[-1] else (0,), dtype=torch.int16)
+        return *state, agreement
 
     def setup_context(ctx, inputs, output) -> None:
         value, normalizer, losses, lse, agreement = output
@@ -226,6 +237,48 @@ def _register(op: str, extra: int) -> None:
     torch.library.register_autograd(f"dynplan::_{op}_backward", refuse)
 
 
+def _register_once() -> None:
+    """Fake and autograd of ``dynplan::_region_cross_entropy_once``, whose forward has made the gradient."""
+    op = "_region_cross_entropy_once"
+    backward_op = find_op("_region_cross_entropy_backward")
+
+    def fake(input: Tensor, target: Tensor, weight: Tensor | None, *options):
+        state = _fake_state("region_cross_entropy", input, target, *options[:2], merge=options[5])
+        return *state, torch.empty_like(input)
+
+    def setup_context(ctx, inputs, output) -> None:
+        *state, gradient = output
+        ctx.save_for_backward(*inputs[:3], *state)
+        ctx.options, ctx.gradient = inputs[3:], gradient
+        ctx.mark_non_differentiable(state[1], state[3], gradient)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_value, _normalizer, grad_losses, *_):
+        saved = ctx.saved_tensors  # asked for first: this is where changed logits are noticed
+        gradient, ctx.gradient = ctx.gradient, None  # handed out once; who receives it may write to it
+        if gradient is None or grad_losses is not None or torch.is_grad_enabled():
+            gradient = backward_op(grad_value, grad_losses, *saved, *ctx.options)
+        elif grad_value != 1:
+            gradient.mul_(grad_value)
+        return gradient, *[None] * (len(ctx.options) + 2)
+
+    torch.library.register_fake(f"dynplan::{op}", fake)
+    torch.library.register_autograd(f"dynplan::{op}", backward, setup_context=setup_context)
+
+
+def _fake_state(op: str, input: Tensor, target: Tensor, kernel_size, stride, *, merge: str):
+    _check_shapes(op, input, target, len(kernel_size), len(stride))
+    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    space = target.shape[1:]
+    anchors = (target.shape[0], *((n + s - 1) // s for n, s in zip(space, stride, strict=True)))
+    return (
+        input.new_empty((), dtype=acc),
+        input.new_empty((), dtype=torch.float64),
+        input.new_empty(anchors, dtype=acc),
+        input.new_empty(target.shape if merge == "probs" else anchors, dtype=acc),
+    )
+
+
 def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None:
     """The checks of csrc/ops/region_cross_entropy.cpp that tracing needs, in its words."""
     torch._check_type(
@@ -247,3 +300,4 @@ def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None
 
 _register("region_cross_entropy", extra=0)
 _register("region_cross_entropy_upsampled", extra=1)
+_register_once()

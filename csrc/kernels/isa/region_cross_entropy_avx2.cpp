@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
 // The standard headers come first: their inline functions must keep the baseline instruction set.
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,5 @@
 #include "kernels/region_cross_entropy_cpu.h"
+#include "ops/cpu/huge_pages.h"
 #include "ops/cpu/parallel.h"
 #include "ops/region_cross_entropy_backend.h"
 
@@ -9,12 +10,16 @@ const kernels::RegionCrossEntropyKernels& region_kernels() {
   return kernels::region_cross_entropy_kernels(kernels::cpu_isa());
 }
 
+void check_labels(const char* op, const kernels::RegionCrossEntropyParams& params,
+                  const kernels::RegionBadLabel& bad) {
+  TORCH_CHECK_INDEX(!bad.found, op, ": expected target to be in 0..", params.classes - 1,
+                    " or an ignored label, got ", bad.value);
+}
+
 struct CpuRegionCrossEntropy {
   static void forward(const char* op, const at::Tensor&, const kernels::RegionCrossEntropyParams& params,
                       const kernels::RegionCrossEntropyState& state) {
-    const kernels::RegionBadLabel bad = region_kernels().forward(params, state, at_parallel);
-    TORCH_CHECK_INDEX(!bad.found, op, ": expected target to be in 0..", params.classes - 1,
-                      " or an ignored label, got ", bad.value);
+    check_labels(op, params, region_kernels().forward(params, state, at_parallel));
   }
 
   static void backward(const char*, const at::Tensor&, const kernels::RegionCrossEntropyParams& params,
@@ -22,6 +27,17 @@ struct CpuRegionCrossEntropy {
                        const kernels::RegionCrossEntropyGrad& grad) {
     region_kernels().backward(params, state, grad, at_parallel);
   }
+
+  static double once(const char* op, const kernels::RegionCrossEntropyParams& params,
+                     const kernels::RegionCrossEntropyState& state,
+                     const kernels::RegionCrossEntropyGrad& grad) {
+    kernels::RegionBadLabel bad;
+    const double factor = region_kernels().once(params, state, grad, bad, at_parallel);
+    check_labels(op, params, bad);
+    return factor;
+  }
+
+  static void allocated(const at::Tensor& gradient) { prefer_huge_pages(gradient); }
 };
 
 }  // namespace

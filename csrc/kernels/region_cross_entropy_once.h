@@ -1,0 +1,81 @@
+// Loss and gradient of merge = logits in one pass over the logits. A slope s_q = (l_q / L)^(p-1) / M is known
+// but for the factor L^(1-p) / M that all share, so the gradient is made up to that factor, while the merged
+// vectors and their exponentials are at hand, and multiplied by it when L is known.
+#pragma once
+
+#include "kernels/region_cross_entropy_backward.h"
+
+namespace dynplan::kernels::DYNPLAN_ISA {
+
+// Stride 1, no label smoothing.
+template <class T>
+class OnceAnchors {
+ public:
+  using S = Simd<T>;
+  using V = typename S::V;
+
+  OnceAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+              const RegionCrossEntropyGrad&)
+      : p_(params), exponent_(static_cast<T>(params.p - 1)), out_(params, state) {}
+
+  void reset(const Box& anchors) {
+    out_.reset(anchors);
+    total_ = {};
+  }
+  void begin(int64_t, int64_t, int64_t, int64_t, const Box&) {}
+  void tile(const MergedTile<T>& merged) { merged.tops(p_.classes, top_); }
+
+  DYNPLAN_INLINE void vector(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorVector<T>& at) {
+    const MergedLoss<T> made(pool, merged, at.i, at.own, top_[at.i], at.scale, [&](int64_t c, V term) __attribute__((always_inline)) {
+      at.logits(c);
+      S::store(merged.address(c, at.i), term);
+    });
+    const typename S::M valid = at.own >= 0;
+    V loss = made.loss, hard = at.scale;
+    if (out_.weights().weight) {
+      const V weight = out_.weights().of(at.own);
+      loss *= weight;
+      hard *= weight;
+    }
+    loss = S::masked(valid, loss);
+    S::store(out_.losses(at.i) + at.x, loss);
+    S::store(out_.lse(at.i) + at.x, S::masked(valid, made.logsumexp));
+    hard = S::masked(valid, hard * S::pow(loss, exponent_));
+    const V mass = S::masked(valid, hard / made.mass);
+    pool.for_classes([&](int64_t c, auto owned) __attribute__((always_inline)) {
+      at.gradient(c);
+      V g = mass * merged.at(c, at.i);
+      if constexpr (owned) g -= S::masked(at.own == static_cast<typename S::Int>(c), hard);
+      S::store(at.out + c * at.class_stride, g);
+    });
+  }
+
+  // Windows reach over the edges of a box: anchors there are written by the box they are in.
+  template <class Int>
+  void end(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels) {
+    if (d >= box.begin[0] && d < box.end[0] && h >= box.begin[1] && h < box.end[1])
+      out_.write(i, n, d, h, box, margin, labels, /*with_lse=*/true, total_);
+  }
+
+  const PowerSum& total() const { return total_; }
+
+ private:
+  const RegionCrossEntropyParams& p_;
+  const T exponent_;
+  LossRows<T> out_;
+  V top_[kRegionStrip];
+  PowerSum total_;
+};
+
+template <class T>
+using RegionOnce = RegionGradient<T, OnceAnchors<T>>;
+
+// What the gradient has yet to be multiplied by; 0 where powers of the losses left what T can hold.
+inline double once_factor(const RegionCrossEntropyParams& p, const PowerSum& total) {
+  if (p.reduction == RegionReduction::sum) return 1;
+  const double value = total.value(p), exponent = p.p - 1;
+  const bool held = std::pow(total.largest, exponent) < 1e25 && std::pow(value, exponent) > 1e-20;
+  return held && total.normalizer > 0 ? std::pow(value, -exponent) / total.normalizer : 0;
+}
+
+}  // namespace dynplan::kernels::DYNPLAN_ISA
