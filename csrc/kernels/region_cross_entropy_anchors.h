@@ -67,7 +67,8 @@ struct ClassWeights {
     }
     double sum = 0;
     for (int64_t i = 0; i < count; ++i)
-      if (const Int label = labels[i * step]; label >= 0) sum += std::pow(static_cast<double>(weight[label]), p);
+      if (const Int label = labels[i * step]; label >= 0)
+        sum += std::pow(static_cast<double>(weight[label]), p);
     return sum;
   }
 };

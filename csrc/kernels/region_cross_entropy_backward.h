@@ -156,7 +156,9 @@ class RegionGradient {
         gather_(params, planes_.labels, anchors_, params.classes),
         merged_(params.classes) {}
 
-  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) { return gradient_bytes_per_column<T>(p); }
+  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
+    return gradient_bytes_per_column<T>(p);
+  }
 
   // Calls store(d, h, row, class_stride) for the rows of the box, in ascending order of d, unless `direct`
   // can take them in place.

@@ -15,8 +15,8 @@ struct RegionCrossEntropyKernels {
                    const RegionCrossEntropyGrad&, Parallel);
   // Both at once, the gradient being that of the value up to a factor, which is returned. Grad says where the
   // gradient goes, and no more. Reads the logits once where region_cross_entropy_once.h can.
-  double (*once)(const RegionCrossEntropyParams&, const RegionCrossEntropyState&, const RegionCrossEntropyGrad&,
-                 RegionBadLabel&, Parallel);
+  double (*once)(const RegionCrossEntropyParams&, const RegionCrossEntropyState&,
+                 const RegionCrossEntropyGrad&, RegionBadLabel&, Parallel);
 };
 
 namespace baseline {

@@ -25,7 +25,8 @@ void for_units(int64_t units, Parallel parallel, Make make, Run run) {
 // What units leave beside tensors, combined in their order.
 class UnitResults {
  public:
-  explicit UnitResults(int64_t units) : units_(units), sums_(new PowerSum[units]), bad_(new RegionBadLabel[units]) {}
+  explicit UnitResults(int64_t units)
+      : units_(units), sums_(new PowerSum[units]), bad_(new RegionBadLabel[units]) {}
 
   void set(int64_t unit, const PowerSum& sum, const RegionBadLabel& bad) {
     sums_[unit] = sum;
@@ -54,7 +55,8 @@ class UnitResults {
 
 template <class T, class Kernel>
 Tiling tiling_of(const RegionCrossEntropyParams& p) {
-  return Tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p), Pool<T>::strip(p));
+  return Tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p),
+                Pool<T>::strip(p));
 }
 
 template <class T, class Kernel>
@@ -118,9 +120,10 @@ void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
         Box box;
         const int64_t n = tiling.box(unit, box);
         to.folded.begin(n, box);
-        to.kernel.run(
-            n, to.folded.support(box), DirectRows<T>(),
-            [&](int64_t d, int64_t, const T* row, int64_t class_stride) { to.folded.add(d, row, class_stride); });
+        to.kernel.run(n, to.folded.support(box), DirectRows<T>(),
+                      [&](int64_t d, int64_t, const T* row, int64_t class_stride) {
+                        to.folded.add(d, row, class_stride);
+                      });
         to.folded.finish();
       });
 }
@@ -185,8 +188,7 @@ static RegionCrossEntropyGrad marched(RegionCrossEntropyGrad grad, const RegionC
 static void backward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
                      const RegionCrossEntropyGrad& given_grad, Parallel parallel) {
   const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64)
-    return backward_of<float>(p, state, marched(given_grad, given), parallel);
+  if (p.logit != RegionLogit::f64) return backward_of<float>(p, state, marched(given_grad, given), parallel);
 #if DYNPLAN_VECTOR_BYTES == 16
   backward_of<double>(p, state, marched(given_grad, given), parallel);
 #else
@@ -197,8 +199,7 @@ static void backward(const RegionCrossEntropyParams& given, const RegionCrossEnt
 static double once(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
                    const RegionCrossEntropyGrad& given_grad, RegionBadLabel& bad, Parallel parallel) {
   const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64)
-    return once_of<float>(p, state, marched(given_grad, given), bad, parallel);
+  if (p.logit != RegionLogit::f64) return once_of<float>(p, state, marched(given_grad, given), bad, parallel);
 #if DYNPLAN_VECTOR_BYTES == 16
   return once_of<double>(p, state, marched(given_grad, given), bad, parallel);
 #else

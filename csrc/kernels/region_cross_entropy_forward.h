@@ -93,8 +93,8 @@ class LossRows {
   T* lse(int64_t i) { return losses(i) + rows_.class_stride; }
   T* agreement(int64_t i) { return lse(i) + rows_.class_stride; }
 
-  // Writes the anchors of row (d, h) of the box, which is the i-th of the strip and has `margin` columns before
-  // the box; their logsumexps too where `with_lse`. `labels` begin with the box.
+  // Writes the anchors of row (d, h) of the box, which is the i-th of the strip and has `margin` columns
+  // before the box; their logsumexps too where `with_lse`. `labels` begin with the box.
   template <class Int>
   void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels,
              bool with_lse, PowerSum& total) {
@@ -144,7 +144,9 @@ class RegionForward {
         merged_(params.classes) {}
 
   // As the gradient's, which needs more: cut alike, a loss has the same bits with its gradient and without.
-  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) { return gradient_bytes_per_column<T>(p); }
+  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
+    return gradient_bytes_per_column<T>(p);
+  }
 
   PowerSum run(int64_t n, const Box& box) {
     PowerSum total;
@@ -175,16 +177,15 @@ class RegionForward {
                Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x));
       }
     }
-    for (int64_t i = 0; i < count; ++i)
-      out_.write(i, n, d + i, h, box, 0, own[i], /*with_lse=*/true, total);
+    for (int64_t i = 0; i < count; ++i) out_.write(i, n, d + i, h, box, 0, own[i], /*with_lse=*/true, total);
   }
 
   // Loss and logsumexp of row i of the merged tile, whose largest sums are `top`.
   DYNPLAN_INLINE void vector(M own, int64_t i, V top, T* losses, T* lse, const Prefetch& next) {
     const ClassWeights<T>& weights = out_.weights();
     const V scale = merged_.scale(i, own);
-    const MergedLoss<T> merged(pool_, merged_, i, own, top, scale, 
-                               [&](int64_t c, V) __attribute__((always_inline)) { next(c); });
+    const MergedLoss<T> merged(
+        pool_, merged_, i, own, top, scale, [&](int64_t c, V) __attribute__((always_inline)) { next(c); });
     V loss = merged.loss;
     if (weights.weight || weights.soft > 0) {
       loss = weights.hard * weights.of(own) * loss;

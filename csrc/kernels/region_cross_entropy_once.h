@@ -26,10 +26,12 @@ class OnceAnchors {
   void tile(const MergedTile<T>& merged) { merged.tops(p_.classes, top_); }
 
   DYNPLAN_INLINE void vector(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorVector<T>& at) {
-    const MergedLoss<T> made(pool, merged, at.i, at.own, top_[at.i], at.scale, [&](int64_t c, V term) __attribute__((always_inline)) {
-      at.logits(c);
-      S::store(merged.address(c, at.i), term);
-    });
+    const MergedLoss<T> made(
+        pool, merged, at.i, at.own, top_[at.i],
+        at.scale, [&](int64_t c, V term) __attribute__((always_inline)) {
+          at.logits(c);
+          S::store(merged.address(c, at.i), term);
+        });
     const typename S::M valid = at.own >= 0;
     V loss = made.loss, hard = at.scale;
     if (out_.weights().weight) {

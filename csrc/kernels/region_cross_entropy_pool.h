@@ -25,9 +25,9 @@ struct TileOutput {
 template <class T>
 class Pool : public TileWindows<T> {
   using Base = TileWindows<T>;
-  using Base::agree_, Base::count_, Base::extra_, Base::first_extra_, Base::kLanes, Base::kind_,
-      Base::masks_, Base::mine_, Base::nested_, Base::num_groups_, Base::num_labels_,
-      Base::p_, Base::ring_, Base::rows_, Base::strip_, Base::values_;
+  using Base::agree_, Base::count_, Base::extra_, Base::first_extra_, Base::kLanes, Base::kind_, Base::masks_,
+      Base::mine_, Base::nested_, Base::num_groups_, Base::num_labels_, Base::p_, Base::ring_, Base::rows_,
+      Base::strip_, Base::values_;
   using typename Base::Kind;
 
  public:

@@ -135,10 +135,10 @@ class TileWindows {
   // The planned tile.
   Kind kind_ = Kind::plain;
   int num_labels_ = 0;
-  Int label_[kMaxLabels];  // ascending
-  M mine_[kMaxLabels][kRegionStrip];         // centres of each label
+  Int label_[kMaxLabels];                   // ascending
+  M mine_[kMaxLabels][kRegionStrip];        // centres of each label
   std::unique_ptr<M[]> masks_[kMaxLabels];  // pixels of each label, 2 r + 1 columns to a row
-  std::unique_ptr<M[]> agree_;  // lanes that take a tap of extra_
+  std::unique_ptr<M[]> agree_;              // lanes that take a tap of extra_
   std::unique_ptr<Tap[]> extra_;
   int64_t first_extra_[kRegionStrip + 1];  // taps of row i: [first_extra_[i], first_extra_[i + 1])
 

@@ -20,7 +20,8 @@
 //     With s_q = grad_value * that + grad_losses_q:
 //     grad_input_p = sum over anchors q whose window holds p, y_q = y_p, of a_qp s_q d l_q / d z_q
 //
-//   _region_cross_entropy_once(input, target, weight, OPTIONS) -> (value, normalizer, losses, lse, grad_input),
+//   _region_cross_entropy_once(input, target, weight, OPTIONS) -> (value, normalizer, losses, lse,
+//   grad_input),
 //     CPU only: the forward, and the backward of its value for grad_value = 1, from one pass over the logits
 //     where merge is "logits", every stride 1 and label_smoothing 0 (else one after the other)
 //

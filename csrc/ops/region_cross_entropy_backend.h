@@ -56,11 +56,12 @@ class RegionCrossEntropyOps {
   }
 
   static kernels::RegionCrossEntropyState state_of(const RegionOutputs& out) {
-    return {.losses = out.losses.mutable_data_ptr(),
-            .lse = out.lse.mutable_data_ptr(),
-            .agreement = out.agreement.numel() > 0 ? out.agreement.template mutable_data_ptr<int16_t>() : nullptr,
-            .value = out.value.mutable_data_ptr(),
-            .normalizer = out.normalizer.template mutable_data_ptr<double>()};
+    return {
+        .losses = out.losses.mutable_data_ptr(),
+        .lse = out.lse.mutable_data_ptr(),
+        .agreement = out.agreement.numel() > 0 ? out.agreement.template mutable_data_ptr<int16_t>() : nullptr,
+        .value = out.value.mutable_data_ptr(),
+        .normalizer = out.normalizer.template mutable_data_ptr<double>()};
   }
 
   // A new gradient of `input`, and where it goes.

@@ -51,7 +51,9 @@ def test_equals_forward_and_backward_apart(drawn, options):
     value, gradient = one_pass(*drawn, upstream=-2.5, **options)
     expected, expected_gradient = two_passes(*drawn, upstream=-2.5, **options)
     assert torch.equal(value, expected)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6 * expected_gradient.abs().max())
+    torch.testing.assert_close(
+        gradient, expected_gradient, rtol=1e-5, atol=1e-6 * expected_gradient.abs().max()
+    )
 
 
 def test_channels_last(drawn):

@@ -1,8 +1,8 @@
 // Memory on huge pages, where the system grants them.
 //
-// Packed weights: a short text streams every weight once, and with pages of 4 KB a product of 16 rows waits for
-// page walks, which cost 5 to 8 % of the encoder (width 384, one sample, Zen 4 under a hypervisor).
-// Large outputs: the first write to each page of fresh memory is a fault, which for pages of 4 KB can take longer
+// Packed weights: a short text streams every weight once, and with pages of 4 KB a product of 16 rows waits
+// for page walks, which cost 5 to 8 % of the encoder (width 384, one sample, Zen 4 under a hypervisor). Large
+// outputs: the first write to each page of fresh memory is a fault, which for pages of 4 KB can take longer
 // than the arithmetic. (NumPy asks for huge pages too.)
 #pragma once
 
@@ -42,7 +42,8 @@ inline void prefer_huge_pages([[maybe_unused]] const at::Tensor& fresh) {
   constexpr uintptr_t kPage = 4096, kLeast = 4 * 1024 * 1024;
   if (fresh.nbytes() < kLeast) return;
   const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + fresh.nbytes()) / kPage * kPage;
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  last = (begin + fresh.nbytes()) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
