@@ -95,7 +95,8 @@ def region_cross_entropy(
     Returns:
         () loss, or (N, *anchors) with ``reduction="none"``; float32, float64 for float64 input. Where every
         label is ignored the loss and its gradient are 0 (``F.cross_entropy``'s mean is NaN). A second
-        derivative is refused.
+        derivative is refused. On CPU the gradient of float32 ``input`` that requires one is made in the same
+        pass and held until ``backward()``; use :func:`torch.no_grad` where none is wanted.
 
     Raises:
         TypeError: ``input`` is not floating or ``target`` not integer.
