@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from python_tests.helpers import on_threads
 
 from dynplan.ops import region_cross_entropy, region_cross_entropy_stats
+from python_tests.helpers import on_threads
 
 SHAPE = (2, 7, 37, 61)
 
