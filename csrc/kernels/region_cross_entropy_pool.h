@@ -26,8 +26,8 @@ template <class T>
 class Pool : public TileWindows<T> {
   using Base = TileWindows<T>;
   using Base::agree_, Base::count_, Base::extra_, Base::first_extra_, Base::kLanes, Base::kind_, Base::masks_,
-      Base::mine_, Base::nested_, Base::num_groups_, Base::num_labels_, Base::p_, Base::ring_, Base::rows_,
-      Base::strip_, Base::values_;
+      Base::mine_, Base::num_groups_, Base::num_labels_, Base::p_, Base::ring_, Base::rows_, Base::strip_,
+      Base::values_;
   using typename Base::Kind;
 
  public:
@@ -64,10 +64,10 @@ class Pool : public TileWindows<T> {
     if (kind_ == Kind::plain) {
       for (int64_t i = 0; i < kRegionStrip; ++i) totals[i] = S::fill(whole_);
     } else {
-      alignas(64) T rows[kRegionStrip * kLanes];
+      alignas(64) T rows[kRegionStrip * kLanes] = {};
       TileOutput<T> to{{}, 0};
       for (int64_t i = 0; i < kRegionStrip; ++i) to.row[i] = rows + i * kLanes;
-      add_windows<Take::ones>({nullptr, 0, 1, total_step_}, to);
+      add_windows<Take::ones>({from.values, 0, 1, total_step_}, to);
       std::memcpy(totals, rows, sizeof rows);
     }
   }
