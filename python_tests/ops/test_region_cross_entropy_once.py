@@ -128,3 +128,15 @@ def test_bad_label_is_named(drawn):
     target[1, 2, 3] = 99
     with pytest.raises(IndexError, match="got 99"):
         region_cross_entropy(input.requires_grad_(), target)
+
+
+def test_opcheck(drawn):
+    """Without the tests that trace: traced graphs take forward and backward apart."""
+    op = torch.ops.dynplan._region_cross_entropy_once.default
+    options = ([3, 3], [1, 1], [1.0, 1.0], 1.0, 5.0, "logits", "weight", [-100], 0.0, "mean")
+    input, target = drawn
+    torch.library.opcheck(
+        op,
+        (input.requires_grad_(), target, None, *options),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
