@@ -1,4 +1,4 @@
-"""The GPU benches and the GPU session's scripts where there is no GPU; tiny sizes."""
+"""The GPU benches and scripts where there is no GPU; tiny sizes."""
 
 import json
 import os
