@@ -26,6 +26,17 @@ namespace dynplan::kernels {
 using ReducedProduct = FunctionRef<void(int64_t rows, int64_t columns, int64_t depth, const int8_t* a,
                                         const int8_t* weight, int32_t* out)>;
 
+// Plain loops, where there is no library at hand.
+inline constexpr auto plain_product = [](int64_t rows, int64_t columns, int64_t depth, const int8_t* a,
+                                         const int8_t* weight, int32_t* out) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t n = 0; n < columns; ++n) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < depth; ++k) sum += int32_t{a[r * depth + k]} * weight[n * depth + k];
+      out[r * columns + n] = sum;
+    }
+};
+
 constexpr int64_t kRowLevels = 127;
 
 // Below this a row or a channel counts as zero: 127 over it would not be finite.

@@ -45,16 +45,6 @@ Dense<uint8_t> pack_encoder_weights(const std::array<Dense<float>, 12>& w, const
   return blob;
 }
 
-constexpr auto multiply_int8 = [](int64_t rows, int64_t columns, int64_t depth, const int8_t* a,
-                                  const int8_t* weight, int32_t* out) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < columns; ++n) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < depth; ++k) sum += int32_t{a[r * depth + k]} * weight[n * depth + k];
-      out[r * columns + n] = sum;
-    }
-};
-
 kernels::Activation parse_activation(const std::string& name) {
   const std::optional<kernels::Activation> found = kernels::activation_of(name);
   if (found) return *found;
@@ -120,7 +110,7 @@ Dense<float> conditional_encoder(const Dense<float>& hidden, const Dense<int32_t
                                                     .workers = 1,
                                                     .workspace = workspace.data()};
   if (int8)
-    kernels::reduced_encoder(params, multiply_int8, kernels::serial, parse_isa(isa));
+    kernels::reduced_encoder(params, kernels::plain_product, kernels::serial, parse_isa(isa));
   else
     kernels::conditional_encoder(params, kernels::serial, parse_isa(isa));
   return out;

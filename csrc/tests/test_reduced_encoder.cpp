@@ -14,17 +14,6 @@ using namespace dynplan::kernels;
 
 namespace {
 
-// Plain loops as the product.
-constexpr auto multiply = [](int64_t rows, int64_t columns, int64_t depth, const int8_t* a,
-                             const int8_t* weight, int32_t* out) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t n = 0; n < columns; ++n) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < depth; ++k) sum += int32_t{a[r * depth + k]} * weight[n * depth + k];
-      out[r * columns + n] = sum;
-    }
-};
-
 struct Weights {
   int64_t h, i;
   std::vector<std::vector<float>> tensors;  // in the order of EncoderLayerTensors
@@ -101,7 +90,7 @@ void against_full_precision(const Case& c, unsigned seed, double allowed) {
     const auto run = [&](Parallel parallel, int64_t workers) {
       std::vector<float> out = hidden, space(reduced_workspace_floats(active, h, c.intermediate), NAN);
       const auto p = params(out, space, &reduced_blob, workers);
-      reduced_encoder(p, multiply, parallel, isa);
+      reduced_encoder(p, plain_product, parallel, isa);
       return out;
     };
     const std::vector<float> out = run(serial, 1);
