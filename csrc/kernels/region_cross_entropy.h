@@ -8,9 +8,9 @@
 //   smoothing / C sum_c weight[c] (lse_q - z_q[c]) value  = ( sum_q l_q^p / sum_q weight[y_q]^p )^(1/p) over
 //   the anchors whose label is not ignored
 //
-// merge = probs pools t_p = softmax(x_p)[y_p] instead: l_q = -log(sum a_qp t_p). Since every pixel that
-// agrees shares y_q, no other class is ever pooled; t_p is floored at the smallest normal number. Windows are
-// cut at the border; ignored pixels never agree.
+// merge = probs pools t_p = softmax(x_p) instead: l_q is the same with log(sum a_qp t_p[c]) for z_q[c] -
+// lse_q. Without smoothing, since every pixel that agrees shares y_q, no other class is ever pooled. t_p is
+// floored at the smallest normal number. Windows are cut at the border; ignored pixels never agree.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ struct RegionCrossEntropyParams {
   double axis_weight[3][kRegionMaxRadius + 1] = {};
 
   double p = 1;
-  double label_smoothing = 0;  // 0 when merge is probs
+  double label_smoothing = 0;
   int64_t ignored[kRegionMaxIgnored] = {};
   int num_ignored = 0;
   RegionMerge merge = RegionMerge::logits;

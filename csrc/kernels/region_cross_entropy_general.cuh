@@ -31,6 +31,12 @@ __device__ __forceinline__ Place place_of(int64_t index, const int64_t* extent) 
   return place;
 }
 
+// Index of a pixel in maps (N, D, H, W).
+__device__ __forceinline__ int64_t pixel_index(const RegionCrossEntropyParams& p, int64_t n, int64_t d,
+                                               int64_t h, int64_t w) {
+  return ((n * p.size[0] + d) * p.size[1] + h) * p.size[2] + w;
+}
+
 __device__ __forceinline__ int32_t label_at(const RegionCrossEntropyParams& p, int64_t n, int64_t d,
                                             int64_t h, int64_t w) {
   return region_label(
@@ -123,22 +129,34 @@ __device__ __forceinline__ void for_each_agreeing(const RegionCrossEntropyParams
           visit(d, h, w, static_cast<Acc>(min(min(weight(0, d), weight(1, h)), weight(2, w))));
 }
 
+// Probabilities are kept away from 0, so that their logarithms stay finite.
+template <typename Acc>
+__device__ __forceinline__ Acc floored_probability(Acc logit, Acc lse) {
+  const Acc probability = exp(logit - lse);
+  constexpr Acc kSmallest = std::numeric_limits<Acc>::min();
+  return probability < kSmallest ? kSmallest : probability;
+}
+
 template <typename Acc, int kClasses>
 struct Window {
-  Acc z[kClasses] = {};  // merged logits of classes first .. first + kClasses - 1
+  Acc z[kClasses] = {};  // merged values of classes first .. first + kClasses - 1
   Acc normalizer = 0;    // Z
   int agreement = 0;
 
-  // Ends with z divided by Z.
+  // Of logits, or of probabilities where `lse` gives the logsumexp of every pixel. Ends with z divided by Z.
   template <typename T, bool kUpsampled>
   __device__ void merge(const RegionCrossEntropyParams& p, int64_t n, const int64_t* at, int32_t label,
-                        int64_t first) {
+                        int64_t first, const Acc* lse = nullptr) {
     const bool by_count = p.normalize == RegionNormalize::count;
     for_each_agreeing<Acc>(p, n, at, label, [&](int64_t d, int64_t h, int64_t w, Acc weight) {
       const PixelLogits<T, kUpsampled> logits(p, n, d, h, w);
+      const Acc pixel_lse = lse ? lse[pixel_index(p, n, d, h, w)] : Acc(0);
 #pragma unroll
       for (int i = 0; i < kClasses; ++i)
-        if (first + i < p.classes) z[i] += weight * logits(first + i);
+        if (first + i < p.classes) {
+          const Acc logit = logits(first + i);
+          z[i] += weight * (lse ? floored_probability(logit, pixel_lse) : logit);
+        }
       normalizer += by_count ? Acc(1) : weight;
       ++agreement;
     });
@@ -147,12 +165,12 @@ struct Window {
   }
 };
 
-// The probability of the pixel's own label, kept away from 0 so that its logarithm stays finite.
+// What -log of class c's probability counts in the loss of an anchor with label `label`.
 template <typename Acc>
-__device__ __forceinline__ Acc label_probability(Acc logit, Acc lse) {
-  const Acc probability = exp(logit - lse);
-  constexpr Acc kSmallest = std::numeric_limits<Acc>::min();
-  return probability < kSmallest ? kSmallest : probability;
+__device__ __forceinline__ Acc target_share(const RegionCrossEntropyParams& p, int64_t c, int32_t label) {
+  const Acc smoothing = static_cast<Acc>(p.label_smoothing);
+  return region_class_weight<Acc>(p, c) *
+         (smoothing / static_cast<Acc>(p.classes) + (c == label ? 1 - smoothing : Acc(0)));
 }
 
 // ---- kernels
@@ -196,21 +214,23 @@ __device__ __forceinline__ int logits_loss(const RegionCrossEntropyParams& p, in
   return agreement;
 }
 
-// Loss of one anchor, merge of probabilities; lse holds logsumexp of every pixel.
+// Loss of one anchor, merge of probabilities; lse holds logsumexp of every pixel. Without label smoothing
+// only the label's probability counts.
 template <typename T, bool kUpsampled>
 __device__ __forceinline__ int probs_loss(const RegionCrossEntropyParams& p, int64_t n, const int64_t* at,
                                           int32_t label, const Wide<T>* lse, Wide<T>& loss) {
   using Acc = Wide<T>;
-  Acc sum = 0, normalizer = 0;
+  const bool smoothed = p.label_smoothing > 0;
+  const int64_t last = smoothed ? p.classes - 1 : label;
   int agreement = 0;
-  for_each_agreeing<Acc>(p, n, at, label, [&](int64_t d, int64_t h, int64_t w, Acc weight) {
-    const PixelLogits<T, kUpsampled> logits(p, n, d, h, w);
-    sum +=
-        weight * label_probability(logits(label), lse[((n * p.size[0] + d) * p.size[1] + h) * p.size[2] + w]);
-    normalizer += p.normalize == RegionNormalize::count ? Acc(1) : weight;
-    ++agreement;
-  });
-  loss = -region_class_weight<Acc>(p, label) * log(sum / normalizer);
+  loss = 0;
+  // One class at a time, so that smoothing takes no registers from the rest.
+  for (int64_t c = smoothed ? 0 : label; c <= last; ++c) {
+    Window<Acc, 1> window;
+    window.template merge<T, kUpsampled>(p, n, at, label, c, lse);
+    agreement = window.agreement;
+    loss -= target_share<Acc>(p, c, label) * log(window.z[0]);
+  }
   return agreement;
 }
 

@@ -15,6 +15,10 @@ namespace general {
 
 constexpr int kBackwardClasses = 2;
 
+// merge = probs: what anchors hand on holds 1 / probability, up to 2^126 in float. It is divided by this, and
+// the pixel's probability multiplied by it, so that no upstream gradient takes either out of range.
+constexpr double kProbabilityScale = 0x1p40;
+
 // How the gradient is cut into tiles, and room for what one tile needs. Axes: (D, H, W) of the input tensor.
 struct BackwardTiles {
   int64_t extent[3];  // of the input
@@ -150,7 +154,9 @@ __global__ void __launch_bounds__(kThreads)
   Acc* handed = dynamic_shared<Acc>();                           // (classes, anchors)
   Acc* pixel_grads = handed + kBackwardClasses * tiles.anchors;  // (classes, pixels) when upsampled
   Acc* pixel_scale = pixel_grads + (kUpsampled ? kBackwardClasses * tiles.pixels : 0);  // (pixels,) for probs
-  const bool probs = p.merge == RegionMerge::probs;
+  const bool probs = p.merge == RegionMerge::probs, smoothed_probs = probs && p.label_smoothing > 0;
+  const Acc* pixel_lse = static_cast<const Acc*>(state.lse);  // for probs
+  const Acc scale = static_cast<Acc>(kProbabilityScale);
   const Place block = place_of(blockIdx.x, tiles.tiles);
   const int64_t n = block.n;
   Box tile;
@@ -178,8 +184,11 @@ __global__ void __launch_bounds__(kThreads)
     return label;
   };
 
-  if (probs) {
-    // Each anchor hands on s_q weight_y / (v_q Z_q); each pixel's scale is its probability times its sum.
+  // Each pixel's scale: of merged probabilities without smoothing, the label's probability times what its
+  // anchors hand on, s_q weight_y / (v_q Z_q) each; with smoothing, the sum of that over classes.
+  if (smoothed_probs) {
+    for (int64_t i = threadIdx.x; i < num_pixels; i += kThreads) pixel_scale[i] = 0;
+  } else if (probs) {
     for (int64_t i = threadIdx.x; i < num_anchors; i += kThreads) {
       int64_t at[3], flat;
       Acc s = 0, normalizer = 0, value = 0;
@@ -189,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
         for_each_agreeing<Acc>(p, n, at, label, [&](int64_t, int64_t, int64_t, Acc w) {
           normalizer += p.normalize == RegionNormalize::count ? Acc(1) : w;
         });
-        value = s * weight * exp(static_cast<const Acc*>(state.losses)[flat] / weight) / normalizer;
+        value = s * weight / scale * exp(static_cast<const Acc*>(state.losses)[flat] / weight) / normalizer;
       }
       handed[i] = value;
     }
@@ -202,62 +211,88 @@ __global__ void __launch_bounds__(kThreads)
       if (label >= 0) {
         gather_anchors<Acc>(p, n, at, label, anchors, handed, tiles.anchors, 1, sums);
         const PixelLogits<T, kUpsampled> logits(p, n, at[0], at[1], at[2]);
-        const int64_t flat = ((n * p.size[0] + at[0]) * p.size[1] + at[1]) * p.size[2] + at[2];
-        sums[0] *= exp(logits(label) - static_cast<const Acc*>(state.lse)[flat]);
+        sums[0] *=
+            scale * floored_probability(logits(label), pixel_lse[pixel_index(p, n, at[0], at[1], at[2])]);
       }
       pixel_scale[i] = sums[0];
     }
     __syncthreads();
   }
 
-  for (int64_t first = 0; first < p.classes; first += kBackwardClasses) {
-    const int channels = static_cast<int>(min(p.classes - first, int64_t{kBackwardClasses}));
-    if (!probs) {
-      for (int64_t i = threadIdx.x; i < num_anchors; i += kThreads) {
-        int64_t at[3], flat;
-        Acc s = 0;
-        const int32_t label = anchor_at(i, at, flat, s);
-        Window<Acc, kBackwardClasses> window;
-        if (label >= 0) window.template merge<T, kUpsampled>(p, n, at, label, first);
-        for (int k = 0; k < kBackwardClasses; ++k) {
-          Acc value = 0;
-          if (label >= 0 && k < channels) {
-            const Acc hit = (1 - static_cast<Acc>(p.label_smoothing)) * region_class_weight<Acc>(p, label);
-            value = (hit + smoothing_mass) * exp(window.z[k] - static_cast<const Acc*>(state.lse)[flat]) -
-                    (first + k == label ? hit : Acc(0));
-            if (smoothing > 0) value -= smoothing * region_class_weight<Acc>(p, first + k);
-            value *= s / window.normalizer;
-          }
-          handed[k * tiles.anchors + i] = value;
+  // What one anchor hands on for classes first .. first + channels - 1.
+  const auto hand_on = [&](int64_t i, int64_t first, int channels) {
+    int64_t at[3], flat;
+    Acc s = 0;
+    const int32_t label = anchor_at(i, at, flat, s);
+    Window<Acc, kBackwardClasses> window;
+    if (label >= 0)
+      window.template merge<T, kUpsampled>(p, n, at, label, first, smoothed_probs ? pixel_lse : nullptr);
+    for (int k = 0; k < kBackwardClasses; ++k) {
+      Acc value = 0;
+      if (label >= 0 && k < channels) {
+        const Acc share = target_share<Acc>(p, first + k, label);
+        if (smoothed_probs) {
+          value = s * share / scale / (window.z[k] * window.normalizer);
+        } else {
+          const Acc mass =
+              (1 - static_cast<Acc>(p.label_smoothing)) * region_class_weight<Acc>(p, label) + smoothing_mass;
+          value = mass * exp(window.z[k] - static_cast<const Acc*>(state.lse)[flat]) - share;
+          value *= s / window.normalizer;
         }
       }
+      handed[k * tiles.anchors + i] = value;
+    }
+  };
+
+  // The gradient of one pixel for the same classes. Of merged probabilities with smoothing, the first sweep
+  // only adds to the pixel's scale.
+  const auto pixel_gradient = [&](int64_t i, const int64_t* at, int64_t first, int channels, bool sums_only,
+                                  Acc(&grads)[kBackwardClasses]) {
+    const int32_t label = label_at(p, n, at[0], at[1], at[2]);
+    if (label < 0) return;
+    if (!probs || smoothed_probs)
+      gather_anchors<Acc>(p, n, at, label, anchors, handed, tiles.anchors, channels, grads);
+    if (!probs) return;
+    const PixelLogits<T, kUpsampled> logits(p, n, at[0], at[1], at[2]);
+    const Acc lse = pixel_lse[pixel_index(p, n, at[0], at[1], at[2])];
+    for (int k = 0; k < channels; ++k) {
+      const Acc probability = floored_probability(logits(first + k), lse);
+      if (smoothed_probs) {
+        const Acc product = scale * probability * grads[k];
+        if (sums_only) pixel_scale[i] += product;
+        grads[k] = probability * pixel_scale[i] - product;
+      } else {
+        grads[k] = pixel_scale[i] * (probability - (first + k == label ? Acc(1) : Acc(0)));
+      }
+    }
+  };
+
+  const int64_t sweep = ceil_div(p.classes, int64_t{kBackwardClasses});
+  for (int64_t step = smoothed_probs ? -sweep : 0; step < sweep; ++step) {
+    const bool sums_only = step < 0;
+    const int64_t first = (sums_only ? step + sweep : step) * kBackwardClasses;
+    const int channels = static_cast<int>(min(p.classes - first, int64_t{kBackwardClasses}));
+    if (!probs || smoothed_probs) {
+      for (int64_t i = threadIdx.x; i < num_anchors; i += kThreads) hand_on(i, first, channels);
       __syncthreads();
     }
     for (int64_t i = threadIdx.x; i < num_pixels; i += kThreads) {
       int64_t at[3];
       pixels.place(i, at);
-      const int32_t label = label_at(p, n, at[0], at[1], at[2]);
-      Acc sums[kBackwardClasses] = {};
-      if (label >= 0 && !probs)
-        gather_anchors<Acc>(p, n, at, label, anchors, handed, tiles.anchors, channels, sums);
-      if (label >= 0 && probs) {
-        const PixelLogits<T, kUpsampled> logits(p, n, at[0], at[1], at[2]);
-        const int64_t flat = ((n * p.size[0] + at[0]) * p.size[1] + at[1]) * p.size[2] + at[2];
-        for (int k = 0; k < channels; ++k)
-          sums[k] = pixel_scale[i] * (exp(logits(first + k) - static_cast<const Acc*>(state.lse)[flat]) -
-                                      (first + k == label ? Acc(1) : Acc(0)));
-      }
-      for (int k = 0; k < channels; ++k) {
+      Acc grads[kBackwardClasses] = {};
+      pixel_gradient(i, at, first, channels, sums_only, grads);
+      for (int k = 0; !sums_only && k < channels; ++k) {
         if constexpr (kUpsampled) {
-          pixel_grads[k * tiles.pixels + i] = sums[k];
+          pixel_grads[k * tiles.pixels + i] = grads[k];
         } else {
           grad_input[(first + k) * grad.grad_input_stride[1] + at[0] * grad.grad_input_stride[2] +
                      at[1] * grad.grad_input_stride[3] + at[2] * grad.grad_input_stride[4]] =
-              narrow<T>(sums[k]);
+              narrow<T>(grads[k]);
         }
       }
     }
     __syncthreads();
+    if (sums_only) continue;
     if constexpr (kUpsampled) {
       const int64_t elements = tile.count();
       for (int64_t i = threadIdx.x; i < elements * channels; i += kThreads) {

@@ -1,17 +1,27 @@
-// merge = probs. Every pixel that agrees with an anchor shares its label, so one number per pixel is pooled,
-// the probability t_p of its own label:
+// merge = probs. With t_pc = softmax(x_p)[c], and u_qc what class c counts in the loss of anchor q:
 //
-//   v_q = sum a_qp t_p,  l_q = -weight[y_q] log v_q
-//   d value / d x_p = (softmax(x_p) - e_{y_p}) t_p sum_q w(p,q) [y_p = y_q] s_q weight[y_q] / (Z_q v_q)
+//   v_qc = sum a_qp t_pc,  l_q = -sum_c u_qc log v_qc
+//   h_pc = sum_q w(p,q) [y_p = y_q] s_q u_qc / (Z_q v_qc)
+//   d value / d x_p[c] = t_pc (sum_j t_pj h_pj - h_pc)
 //
-// The logits need no halo of their own in the formula; t does, and is made from the same rows.
+// Without label smoothing u_qc is 0 but for the label's class, which all pixels that agree with an anchor
+// share: one number per pixel is pooled, the probability of its own label. With it every class is, and the
+// planes of logits become planes of probabilities as they are loaded.
+//
+// Probabilities are floored at the smallest normal number: a window of hopeless pixels stays finite, and its
+// gradient is that of cross-entropy.
 #pragma once
 
 #include "kernels/region_cross_entropy_backward.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-// Labels, logits and t of a march.
+// h is handed on divided by this and t multiplied by it, so that neither leaves the range of T, whatever the
+// upstream gradient (a loss scale of 2^16, say): 1 / v reaches 2^126 in float.
+template <class T>
+inline constexpr T kProbabilityScale = T(0x1p40);
+
+// Labels, and logits or probabilities, of a march.
 template <class T>
 struct ProbabilityPlanes {
   using S = Simd<T>;
@@ -19,17 +29,21 @@ struct ProbabilityPlanes {
   using M = typename S::M;
   using Int = typename S::Int;
 
-  Planes<T> planes;
+  const bool smoothed;
+  Planes<T> planes;  // smoothed: of t instead of logits
   Scratch<T> memory;
-  Ring<T> probability;
-  T* lse;  // logsumexp(x_p) of all pixels, (N, D, H, W)
+  Ring<T> own_probability;  // t of the pixel's own label; not when smoothed
+  T* lse;                   // logsumexp(x_p) of all pixels, (N, D, H, W)
 
   ProbabilityPlanes(const RegionCrossEntropyParams& params, void* state_lse)
-      : planes(params), lse(static_cast<T*>(state_lse)) {}
+      : smoothed(params.label_smoothing > 0), planes(params), lse(static_cast<T*>(state_lse)) {}
+
+  int64_t channels() const { return smoothed ? planes.p.classes : 1; }
+  const Ring<T>& pooled() const { return smoothed ? planes.logits : own_probability; }
 
   void reset(const Box& box, int halo, int64_t label_planes, int64_t logit_planes) {
     planes.reset(box, halo, label_planes, logit_planes);
-    probability.reset(memory, planes.logits.box, 1, logit_planes);
+    if (!smoothed) own_probability.reset(memory, planes.logits.box, 1, logit_planes);
   }
 
   T* lse_at(int64_t n, int64_t d, int64_t h, int64_t w) const {
@@ -37,47 +51,87 @@ struct ProbabilityPlanes {
     return lse + ((n * size[0] + d) * size[1] + h) * size[2] + w;
   }
 
-  // Loads plane d and makes its t. Logsumexps come from the state, or are made and written there inside
-  // `write`.
+  // Loads plane d and makes its t. Inside `write`, where it is given, logsumexps go to the state.
   void load(int64_t n, int64_t d, const Box* write) {
     const RegionCrossEntropyParams& p = planes.p;
     planes.load(n, d);
     if (d < 0 || d >= p.size[0]) return;
-    const Box& box = probability.box;
+    const Box& box = planes.logits.box;
     const int64_t begin = larger(0, box.begin[2]), end = smaller(p.size[2], box.end[2]);
     for (int64_t h = larger(0, box.begin[1]); h < smaller(p.size[1], box.end[1]); ++h)
       for (int64_t w = begin; w < end; w += S::lanes) {
-        const M own = S::load(planes.labels.at(d, h, w));
-        const T* logits = planes.logits.at(d, h, w);
+        T* logits = planes.logits.at(d, h, w);
         V logsumexp{};
-        if (write) {
+        if (smoothed)
+          logsumexp = to_softmax(logits);
+        else if (write)
           logsumexp = log_sum_exp(logits);
-          const bool inside =
-              d >= write->begin[0] && d < write->end[0] && h >= write->begin[1] && h < write->end[1];
-          for (int lane = 0; inside && lane < S::lanes; ++lane)
-            if (w + lane >= write->begin[2] && w + lane < write->end[2])
-              *lse_at(n, d, h, w + lane) = logsumexp[lane];
-        } else {
+        else
           std::memcpy(&logsumexp, lse_at(n, d, h, w), smaller(S::lanes, end - w) * sizeof(T));
-        }
-        V label_logit{};
-        for (int64_t c = 0; c < p.classes; ++c)
-          label_logit =
-              own == static_cast<Int>(c) ? S::load(logits + c * planes.logits.class_stride) : label_logit;
-        // The floor keeps a window of hopeless pixels finite, and its gradient that of cross-entropy.
-        const V t = S::at_least(S::exp(label_logit - logsumexp), std::numeric_limits<T>::min());
-        S::store(probability.at(d, h, w), S::masked(own >= 0, t));
+        const bool inside =
+            write && d >= write->begin[0] && d < write->end[0] && h >= write->begin[1] && h < write->end[1];
+        for (int lane = 0; inside && lane < S::lanes; ++lane)
+          if (w + lane >= write->begin[2] && w + lane < write->end[2])
+            *lse_at(n, d, h, w + lane) = logsumexp[lane];
+        if (!smoothed) load_own(d, h, w, logits, logsumexp);
       }
   }
 
+ private:
+  static V floored(V probability) { return S::at_least(probability, std::numeric_limits<T>::min()); }
+
+  void load_own(int64_t d, int64_t h, int64_t w, const T* logits, V logsumexp) {
+    const M own = S::load(planes.labels.at(d, h, w));
+    V label_logit{};
+    for (int64_t c = 0; c < planes.p.classes; ++c)
+      label_logit =
+          own == static_cast<Int>(c) ? S::load(logits + c * planes.logits.class_stride) : label_logit;
+    const V t = floored(S::exp(label_logit - logsumexp));
+    S::store(own_probability.at(d, h, w), S::masked(own >= 0, t));
+  }
+
+  V top_of(const T* logits) const {
+    V top = S::fill(-std::numeric_limits<T>::infinity());
+    for (int64_t c = 0; c < planes.p.classes; ++c)
+      top = S::max(S::load(logits + c * planes.logits.class_stride), top);
+    return top;
+  }
+
   V log_sum_exp(const T* logits) const {
+    const V top = top_of(logits);
+    V sum{};
+    for (int64_t c = 0; c < planes.p.classes; ++c)
+      sum += S::exp(S::load(logits + c * planes.logits.class_stride) - top);
+    return top + S::log(sum);
+  }
+
+  // In place; returns logsumexp.
+  V to_softmax(T* logits) const {
     const int64_t stride = planes.logits.class_stride;
-    V top = S::fill(-std::numeric_limits<T>::infinity()), sum{};
-    for (int64_t c = 0; c < planes.p.classes; ++c) top = S::max(S::load(logits + c * stride), top);
-    for (int64_t c = 0; c < planes.p.classes; ++c) sum += S::exp(S::load(logits + c * stride) - top);
+    const V top = top_of(logits);
+    V sum{};
+    for (int64_t c = 0; c < planes.p.classes; ++c) {
+      const V term = S::exp(S::load(logits + c * stride) - top);
+      S::store(logits + c * stride, term);
+      sum += term;
+    }
+    const V scale = 1 / sum;
+    for (int64_t c = 0; c < planes.p.classes; ++c)
+      S::store(logits + c * stride, floored(S::load(logits + c * stride) * scale));
     return top + S::log(sum);
   }
 };
+
+// What -log v_qc counts in the loss of anchors labelled `own`, for the c-th of the channels that are pooled.
+template <class T>
+DYNPLAN_INLINE typename Simd<T>::V target_share(const ClassWeights<T>& weights, bool smoothed, int64_t c,
+                                                typename Simd<T>::M own) {
+  using S = Simd<T>;
+  if (!smoothed) return weights.weight ? weights.of(own) : S::fill(1);
+  const T weight = weights.at(c);
+  return S::fill(weights.soft * weight) +
+         S::masked(own == static_cast<typename S::Int>(c), S::fill(weights.hard * weight));
+}
 
 template <class T>
 class RegionProbsForward {
@@ -92,8 +146,8 @@ class RegionProbsForward {
         strip_(Pool<T>::strip(params)),
         out_(params, state),
         planes_(params, state.lse),
-        pool_(params, planes_.planes.labels, planes_.probability, 1),
-        merged_(1) {}
+        pool_(params, planes_.planes.labels, planes_.pooled(), planes_.channels()),
+        merged_(planes_.channels()) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
     return RegionForward<T>::bytes_per_column(p);
@@ -121,19 +175,22 @@ class RegionProbsForward {
       merged_.pool(pool_, margin + x);
       for (int64_t i = 0; i < count; ++i) {
         if (out_.counts()) S::store(out_.agreement(i) + x, pool_.agreement(i, margin + x));
-        vector(S::load(labels.at(d + i, h, box.begin[2] + x)), merged_.at(0, i), merged_.totals[i],
-               out_.losses(i) + x);
+        vector(S::load(labels.at(d + i, h, box.begin[2] + x)), i, out_.losses(i) + x);
       }
     }
     for (int64_t i = 0; i < count; ++i)
       out_.write(i, n, d + i, h, box, 0, labels.at(d + i, h, box.begin[2]), /*with_lse=*/false, total);
   }
 
-  DYNPLAN_INLINE void vector(M own, V sum, V total_weight, T* losses) const {
+  // Loss of row i of the merged tile.
+  DYNPLAN_INLINE void vector(M own, int64_t i, T* losses) const {
     const M valid = own >= 0;
-    V loss = -S::log(valid ? sum / total_weight : S::fill(1));
-    if (out_.weights().weight) loss *= out_.weights().of(own);
-    S::store(losses, S::masked(valid, S::at_least(loss, 0)));
+    V loss{};
+    for (int64_t c = 0; c < planes_.channels(); ++c) {
+      const V v = valid ? merged_.at(c, i) / merged_.totals[i] : S::fill(1);
+      loss += target_share(out_.weights(), planes_.smoothed, c, own) * S::at_least(-S::log(v), 0);
+    }
+    S::store(losses, S::masked(valid, loss));
   }
 
   const RegionCrossEntropyParams& p_;
@@ -159,9 +216,9 @@ class RegionProbsBackward {
         weights_(params),
         slopes_(params, state, grad),
         planes_(params, state.lse),
-        merge_(params, planes_.planes.labels, planes_.probability, 1),
-        gather_(params, planes_.planes.labels, anchors_, 1),
-        merged_(1) {}
+        merge_(params, planes_.planes.labels, planes_.pooled(), planes_.channels()),
+        gather_(params, planes_.planes.labels, anchors_, planes_.channels()),
+        merged_(planes_.channels()) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
     return RegionBackward<T>::bytes_per_column(p);
@@ -171,7 +228,7 @@ class RegionProbsBackward {
   void run(int64_t n, const Box& box, const DirectRows<T>&, Store store) {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], between + p_.radius[0]);
-    anchors_.reset(anchor_memory_, anchor_box(p_, box), 1, between);
+    anchors_.reset(anchor_memory_, anchor_box(p_, box), planes_.channels(), between);
     slopes_.reset(anchors_.box);
     row_.reset(row_memory_, box.row(), p_.classes, 1);
     march_backward(
@@ -181,7 +238,7 @@ class RegionProbsBackward {
   }
 
  private:
-  // s_q weight[y_q] / (Z_q v_q): the division by Z_q cancels the one inside v_q.
+  // s_q u_qc / (Z_q v_qc): the division by Z_q cancels the one inside v_qc.
   void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box) {
     const int64_t radius = p_.radius[2], begin = box.begin[2] - radius, width = box.extent(2) + 2 * radius;
     for (int64_t i = 0; i < count; ++i) slopes_.load(i, n, d + i, h, anchors_.box, /*with_lse=*/false);
@@ -190,9 +247,12 @@ class RegionProbsBackward {
       merged_.pool(merge_, radius + x);
       for (int64_t i = 0; i < count; ++i) {
         const M own = S::load(planes_.planes.labels.at(d + i, h, begin + x)), valid = own >= 0;
-        V g = S::load(slopes_.slopes(i) + radius + x) / (valid ? merged_.at(0, i) : S::fill(1));
-        if (weights_.weight) g *= weights_.of(own);
-        S::store(anchors_.at(d + i, h, begin + x), S::masked(valid, g));
+        const V slope = S::load(slopes_.slopes(i) + radius + x) * (1 / kProbabilityScale<T>);
+        T* out = anchors_.at(d + i, h, begin + x);
+        for (int64_t c = 0; c < planes_.channels(); ++c) {
+          const V g = slope * target_share(weights_, planes_.smoothed, c, own) / merged_.at(c, i);
+          S::store(out + c * anchors_.class_stride, S::masked(valid, g));
+        }
       }
     }
   }
@@ -201,33 +261,55 @@ class RegionProbsBackward {
   void gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, Store store) {
     gather_.aim(d, h, count, /*anchors=*/true);
     // Tiles of all rows first, into sums that the rows then use one by one.
-    gathered_.reset(gathered_memory_, box.row(), 1, kRegionStrip);
+    gathered_.reset(gathered_memory_, box.row(), planes_.channels(), kRegionStrip);
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
-      TileOutput<T> out{{}, 0};
+      TileOutput<T> out{{}, gathered_.class_stride};
       for (int64_t i = 0; i < kRegionStrip; ++i)
         out.row[i] = gathered_.data + smaller(i, count - 1) * gathered_.plane_stride + x;
       gather_.run(2 * p_.radius[2] + x, out, nullptr);
     }
     for (int64_t i = 0; i < count; ++i) {
-      gradient_row(n, d + i, h, box, gathered_.data + i * gathered_.plane_stride);
+      const T* gathered = gathered_.data + i * gathered_.plane_stride;
+      for (int64_t x = 0; x < box.extent(2); x += S::lanes)
+        if (planes_.smoothed)
+          smoothed_gradient(d + i, h, box.begin[2] + x, gathered + x, row_.data + x);
+        else
+          gradient(n, d + i, h, box.begin[2] + x, box.end[2], gathered + x, row_.data + x);
       store(d + i, h, row_.data, row_.class_stride);
     }
   }
 
-  void gradient_row(int64_t n, int64_t d, int64_t h, const Box& box, const T* gathered) {
+  // Of a vector of pixels from (d, h, w) on, whose h_p of the label's class is gathered: the other classes'
+  // are 0.
+  DYNPLAN_INLINE void gradient(int64_t n, int64_t d, int64_t h, int64_t w, int64_t end, const T* gathered,
+                               T* out) const {
     const Ring<T>& logits = planes_.planes.logits;
-    const T* lse_row = planes_.lse_at(n, d, h, box.begin[2]);
-    for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
-      const M own = S::load(planes_.planes.labels.at(d, h, box.begin[2] + x));
-      const V r = S::load(gathered + x) * S::load(planes_.probability.at(d, h, box.begin[2] + x));
-      V lse{};
-      std::memcpy(&lse, lse_row + x, smaller(S::lanes, box.extent(2) - x) * sizeof(T));
-      const T* from = logits.at(d, h, box.begin[2] + x);
-      for (int64_t c = 0; c < p_.classes; ++c) {
-        const V softmax = S::exp(S::load(from + c * logits.class_stride) - lse);
-        const V one = S::masked(own == static_cast<Int>(c), S::fill(1));
-        S::store(row_.data + c * row_.class_stride + x, r * (softmax - one));
-      }
+    const M own = S::load(planes_.planes.labels.at(d, h, w));
+    const V r = S::load(gathered) * (S::load(planes_.own_probability.at(d, h, w)) * kProbabilityScale<T>);
+    V lse{};
+    std::memcpy(&lse, planes_.lse_at(n, d, h, w), smaller(S::lanes, end - w) * sizeof(T));
+    const T* from = logits.at(d, h, w);
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const V softmax = S::exp(S::load(from + c * logits.class_stride) - lse);
+      const V one = S::masked(own == static_cast<Int>(c), S::fill(1));
+      S::store(out + c * row_.class_stride, S::masked(own >= 0, r * (softmax - one)));
+    }
+  }
+
+  DYNPLAN_INLINE void smoothed_gradient(int64_t d, int64_t h, int64_t w, const T* gathered, T* out) const {
+    const Ring<T>& t = planes_.planes.logits;
+    const M valid = S::load(planes_.planes.labels.at(d, h, w)) >= 0;
+    const T* from = t.at(d, h, w);
+    V sum{};
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const V probability = S::load(from + c * t.class_stride);
+      const V product = probability * kProbabilityScale<T> * S::load(gathered + c * gathered_.class_stride);
+      S::store(out + c * row_.class_stride, product);
+      sum += product;
+    }
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      T* at = out + c * row_.class_stride;
+      S::store(at, S::masked(valid, S::load(from + c * t.class_stride) * sum - S::load(at)));
     }
   }
 

@@ -135,8 +135,6 @@ RegionCrossEntropyParams region_cross_entropy_params(const char* op, const at::T
       static_cast<kernels::RegionReduction>(choice(op, "reduction", o.reduction, "mean", "sum"));
   TORCH_CHECK_VALUE(params.reduction == kernels::RegionReduction::mean || o.p == 1, op,
                     ": expected p to be 1 with reduction 'sum', got ", o.p);
-  TORCH_CHECK_VALUE(params.merge == kernels::RegionMerge::logits || o.label_smoothing == 0, op,
-                    ": expected label_smoothing to be 0 with merge 'probs', got ", o.label_smoothing);
 
   params.batch = input.size(0);
   params.classes = input.size(1);

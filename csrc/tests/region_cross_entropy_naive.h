@@ -41,20 +41,17 @@ class NaiveRegion {
       const int64_t at = n * anchors + anchor;
       out.agreement[at] = static_cast<int>(window.pixels.size());
       weights.push_back(class_weight(y));
-      double sum = 0;
       if (probs) {
-        for (size_t i = 0; i < window.pixels.size(); ++i)
-          sum += window.a[i] * probability(n, window.pixels[i], y);
-        out.losses[at] = -class_weight(y) * std::log(sum);
+        for (int64_t c = 0; c < p_.classes; ++c)
+          out.losses[at] -= share(c, y) * std::log(pooled_probability(n, window, c));
         return;
       }
       const std::vector<double> z = pooled(n, window);
       const double top = *std::max_element(z.begin(), z.end());
+      double sum = 0;
       for (double v : z) sum += std::exp(v - top);
       out.lse[at] = top + std::log(sum);
-      out.losses[at] = (1 - p_.label_smoothing) * class_weight(y) * (out.lse[at] - z[y]);
-      for (int64_t c = 0; c < p_.classes; ++c)
-        out.losses[at] += p_.label_smoothing / p_.classes * class_weight(c) * (out.lse[at] - z[c]);
+      for (int64_t c = 0; c < p_.classes; ++c) out.losses[at] += share(c, y) * (out.lse[at] - z[c]);
     });
     double total = 0;
     for (double l : out.losses) total += std::pow(l, p_.p);
@@ -88,6 +85,11 @@ class NaiveRegion {
 
   double class_weight(int64_t c) const {
     return p_.class_weight ? static_cast<const T*>(p_.class_weight)[c] : 1;
+  }
+
+  // What -log of class c's probability counts in the loss of an anchor labelled y.
+  double share(int64_t c, int64_t y) const {
+    return ((1 - p_.label_smoothing) * (c == y) + p_.label_smoothing / p_.classes) * class_weight(c);
   }
 
   int64_t label(int64_t n, int64_t pixel) const {
@@ -145,6 +147,12 @@ class NaiveRegion {
     return z;
   }
 
+  double pooled_probability(int64_t n, const Window& window, int64_t c) const {
+    double v = 0;
+    for (size_t i = 0; i < window.pixels.size(); ++i) v += window.a[i] * probability(n, window.pixels[i], c);
+    return v;
+  }
+
   // Adds s * d l_q / d x_p for every pixel p of the window.
   void scatter(int64_t n, int64_t y, const Window& window, double s, double lse_q,
                std::vector<double>& grad) const {
@@ -152,23 +160,21 @@ class NaiveRegion {
       grad[(n * p_.classes + c) * pixels() + pixel] += g;
     };
     if (p_.merge == RegionMerge::probs) {
-      double v = 0;
-      for (size_t i = 0; i < window.pixels.size(); ++i)
-        v += window.a[i] * probability(n, window.pixels[i], y);
-      for (size_t i = 0; i < window.pixels.size(); ++i) {
-        const int64_t pixel = window.pixels[i];
-        const double g = s * class_weight(y) * window.a[i] * probability(n, pixel, y) / v;
-        for (int64_t c = 0; c < p_.classes; ++c) add(c, pixel, g * (probability(n, pixel, c) - (c == y)));
+      for (int64_t j = 0; j < p_.classes; ++j) {
+        const double slope = s * share(j, y) / pooled_probability(n, window, j);
+        for (size_t i = 0; slope != 0 && i < window.pixels.size(); ++i) {
+          const int64_t pixel = window.pixels[i];
+          const double g = slope * window.a[i] * probability(n, pixel, j);
+          for (int64_t c = 0; c < p_.classes; ++c) add(c, pixel, g * (probability(n, pixel, c) - (c == j)));
+        }
       }
       return;
     }
-    const double smoothed = p_.label_smoothing / p_.classes;
     const std::vector<double> z = pooled(n, window);
-    double mass = (1 - p_.label_smoothing) * class_weight(y);
-    for (int64_t c = 0; c < p_.classes; ++c) mass += smoothed * class_weight(c);
+    double mass = 0;
+    for (int64_t c = 0; c < p_.classes; ++c) mass += share(c, y);
     for (int64_t c = 0; c < p_.classes; ++c) {
-      double g = mass * std::exp(z[c] - lse_q) - smoothed * class_weight(c);
-      if (c == y) g -= (1 - p_.label_smoothing) * class_weight(y);
+      const double g = mass * std::exp(z[c] - lse_q) - share(c, y);
       for (size_t i = 0; i < window.pixels.size(); ++i) add(c, window.pixels[i], s * window.a[i] * g);
     }
   }

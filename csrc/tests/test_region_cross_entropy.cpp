@@ -131,6 +131,8 @@ int main() {
     cases.push_back(c);
     c.merge = RegionMerge::probs;
     cases.push_back(c);
+    c.smoothing = 0.1;
+    cases.push_back(c);
   }
   Case c;
   c.stride[1] = 2;
@@ -140,12 +142,16 @@ int main() {
   c.p = 1;
   cases.push_back(c);
   c.merge = RegionMerge::probs;
+  cases.push_back(c);
   c.smoothing = 0;
   cases.push_back(c);
   Case volume{.classes = 3, .size = {6, 7, 40}, .radius = {1, 1, 1}, .p = 2.5};
   cases.push_back(volume);
   volume.radius[0] = 2;  // not one radius for all axes
   volume.stride[0] = 2;
+  cases.push_back(volume);
+  volume.merge = RegionMerge::probs;
+  volume.smoothing = 0.3;
   cases.push_back(volume);
   cases.push_back(Case{.batch = 1, .classes = 2, .size = {1, 110, 150}});  // several units of work
   for (int radius : {3, 5, 7}) {  // windows of one label and of two, beside those of many

@@ -286,6 +286,13 @@ void general_cases() {
   check<float>({.classes = 6, .size = {1, 18, 19}, .probs = true, .weighted = true, .grad_losses = true});
   check<double>(
       {.size = {3, 5, 6}, .window = {3, 3, 3}, .stride = {1, 2, 1}, .p = 2, .probs = true, .by_count = true});
+  Case smoothed{.classes = 5, .size = {1, 17, 18}, .smoothing = 0.2, .probs = true, .weighted = true};
+  check<float>(smoothed);
+  smoothed.stride[1] = 2, smoothed.by_count = true, smoothed.grad_losses = true;
+  check<double>(smoothed);
+  check<__nv_bfloat16>(
+      {.classes = 2, .size = {3, 5, 6}, .window = {3, 3, 3}, .p = 1, .smoothing = 0.1, .probs = true});
+  check<float>({.classes = 1, .size = {1, 5, 6}, .smoothing = 0.1, .probs = true});
 }
 
 void upsampled_cases() {
@@ -304,6 +311,11 @@ void upsampled_cases() {
     check<float>({.size = {1, 18, 21},
                   .probs = true,
                   .layout = Layout::channels_last,
+                  .low = {9, 3},
+                  .align_corners = align_corners});
+    check<float>({.size = {1, 18, 21},
+                  .smoothing = 0.1,
+                  .probs = true,
                   .low = {9, 3},
                   .align_corners = align_corners});
   }

@@ -76,15 +76,17 @@ def region_cross_entropy(
         stride: step between anchors in pixels; anchors sit at ``0, stride, 2 * stride, ...``; one value or
             one per axis.
         p: exponent of the Minkowski mean over anchors, at least 1. Larger values favour hard windows.
-        merge: ``"logits"``, or ``"probs"`` to merge the label's probability instead:
-            :math:`l_q = -\log (\sum_p e^{-d^2/2\sigma^2} \mathrm{softmax}(x_p)[y_p] / Z_q)`.
+        merge: ``"logits"``, or ``"probs"`` to merge probabilities instead:
+            :math:`l_q = -\log v_q[y_q]`, :math:`v_q = \sum_p e^{-d^2/2\sigma^2} \mathrm{softmax}(x_p) / Z_q`.
+            Probabilities are floored at the smallest normal number, so that no :math:`-\log` exceeds 87.4 in
+            float32; the gradient goes on below the floor.
         normalize: :math:`Z_q` is the sum of the agreeing pixels' Gaussian weights (``"weight"``) or their
             number (``"count"``).
         weight: (C,) class weights. A loss is multiplied by its label's weight as in ``F.cross_entropy``, and
             :math:`M` becomes :math:`\sum_q w_{y_q}^p`.
         ignore_index: label, or at most 16 labels, whose pixels are in no window and are no anchors.
-        label_smoothing: in 0..1, as in ``F.cross_entropy``, on the merged vector; with ``merge="logits"``
-            only.
+        label_smoothing: in 0..1, as in ``F.cross_entropy``, on the merged vector: the loss is
+            :math:`(1 - \epsilon)` of the label's and :math:`\epsilon / C` of the weighted sum over classes.
         reduction: ``"mean"``, the Minkowski mean; ``"none"``, the map of anchor losses; ``"sum"``, their sum
             (needs ``p=1``).
         spacing: size of a pixel (anisotropic voxels); one value or one per axis.

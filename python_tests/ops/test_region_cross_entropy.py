@@ -66,7 +66,7 @@ OPTIONS = {
 )
 def test_drawn_cases_equal_the_reference(options, space, classes, smoothing, probs, weighted, labelled, seed):
     input, target = case(*space, classes=classes, seed=seed, labelled=min(labelled, classes), void=2)
-    options |= {"merge": "probs"} if probs else {"label_smoothing": smoothing}
+    options |= {"merge": "probs" if probs else "logits", "label_smoothing": smoothing}
     if weighted:
         options["weight"] = torch.linspace(0.5, 2, classes, dtype=torch.float64)
     assert_like_reference(input, target, tolerance=1e-10, **options)
@@ -84,6 +84,7 @@ def test_tuples_per_axis(kernel_size, stride):
     {"kernel_size": (1, 3, 5), "spacing": (2.5, 1.0, 0.5)},
     {"kernel_size": 5, "spacing": (3.0, 1.0, 1.0), "sigma": 1.5, "merge": "probs"},
     {"kernel_size": 3, "stride": (2, 1, 3), "label_smoothing": 0.1, "reduction": "none"},
+    {"kernel_size": 3, "merge": "probs", "label_smoothing": 0.1, "normalize": "count"},
 ])  # fmt: skip
 def test_volumes(options):
     assert_like_reference(*case(5, 6, 19, seed=1), **options)
@@ -95,11 +96,19 @@ def test_spacing_changes_the_weights():
     assert region_cross_entropy(input, target, spacing=(2.0, 1.0)) != region_cross_entropy(input, target)
 
 
-@pytest.mark.parametrize("merge", ["logits", "probs"])
+MERGES = {
+    "logits": {},
+    "probs": {"merge": "probs"},
+    "smoothed probs": {"merge": "probs", "label_smoothing": 0.2},
+}
+merges = pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES.keys())
+
+
+@merges
 @pytest.mark.parametrize("space", [(150, 70), (10, 400), (9, 20, 40)])
 def test_images_larger_than_one_unit_of_work(space, merge):
     input, target = case(*space, classes=5, batch=1, seed=3)
-    assert_like_reference(input, target, merge=merge, kernel_size=5)
+    assert_like_reference(input, target, kernel_size=5, **merge)
 
 
 def test_largest_window_over_several_segments_of_work():
@@ -110,17 +119,18 @@ def test_largest_window_over_several_segments_of_work():
 # F.cross_entropy is kernel_size=1, p=1.
 
 
+@pytest.mark.parametrize("merge", ["logits", "probs"])
 @pytest.mark.parametrize("normalize", ["weight", "count"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_kernel_1_p_1_is_cross_entropy(normalize, smoothing, weighted, reduction, dtype):
+def test_kernel_1_p_1_is_cross_entropy(merge, normalize, smoothing, weighted, reduction, dtype):
     input, target = case(13, 17, dtype=dtype)
     weight = torch.tensor([0.3, 1.0, 2.5, 0.0], dtype=dtype) if weighted else None
     shared = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
     ours = value_and_grad(
-        region_cross_entropy, input, target, kernel_size=1, p=1.0, normalize=normalize, **shared
+        region_cross_entropy, input, target, kernel_size=1, p=1.0, merge=merge, normalize=normalize, **shared
     )
     torchs = value_and_grad(F.cross_entropy, input, target, **shared)
     for mine, theirs in zip(ours, torchs, strict=True):
@@ -147,21 +157,20 @@ def test_ignore_index(ignore_index):
 # Edges.
 
 
-@pytest.mark.parametrize("merge", ["logits", "probs"])
+@merges
 @pytest.mark.parametrize("p", [1.0, 5.0])
 def test_all_ignored_gives_loss_0_and_gradient_0(merge, p):
     input, target = case(5, 6)
-    value, gradient = value_and_grad(
-        region_cross_entropy, input, torch.full_like(target, -100), merge=merge, p=p
-    )
+    value, gradient = value_and_grad(region_cross_entropy, input, torch.full_like(target, -100), p=p, **merge)
     assert value == 0 and (gradient == 0).all()
 
 
+@merges
 @pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 3, 0, 5), (2, 3, 5, 0), (1, 1, 4, 4), (2, 3, 1, 1)])
-def test_degenerate_shapes(shape):
+def test_degenerate_shapes(shape, merge):
     input = torch.randn(shape, requires_grad=True)
     target = torch.zeros(shape[0], *shape[2:], dtype=torch.long)
-    value = region_cross_entropy(input, target)
+    value = region_cross_entropy(input, target, **merge)
     (gradient,) = torch.autograd.grad(value, input)
     assert value.shape == () and gradient.shape == input.shape and gradient.isfinite().all()
     if input.numel() == 0 or shape[1] == 1:
@@ -172,10 +181,11 @@ def test_window_larger_than_the_image():
     assert_like_reference(*case(3, 4), kernel_size=15)
 
 
-def test_gradient_at_ignored_pixels_is_exactly_0():
+@merges
+def test_gradient_at_ignored_pixels_is_exactly_0(merge):
     input, target = case(9, 30)
     target[1, 4] = -100
-    _, gradient = value_and_grad(region_cross_entropy, input, target)
+    _, gradient = value_and_grad(region_cross_entropy, input, target, **merge)
     assert (gradient.movedim(1, -1)[target == -100] == 0).all()
 
 
@@ -190,21 +200,21 @@ def test_label_dtypes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("merge", ["logits", "probs"])
+@merges
 def test_any_strides_are_read_in_place_and_kept(dtype, merge):
     input, target = case(10, 37, classes=6, dtype=dtype)
-    value, gradient = value_and_grad(region_cross_entropy, input, target, merge=merge)
+    value, gradient = value_and_grad(region_cross_entropy, input, target, **merge)
     permuted = {
         "channels-last": input.to(memory_format=torch.channels_last),
         "transposed": input.transpose(2, 3).contiguous().transpose(2, 3),
     }
     for strided in permuted.values():
-        other_value, other = value_and_grad(region_cross_entropy, strided, target, merge=merge)
+        other_value, other = value_and_grad(region_cross_entropy, strided, target, **merge)
         assert other.stride() == strided.stride()
         assert torch.equal(other_value, value) and torch.equal(other, gradient)
     sliced = torch.zeros(2, 12, 10, 74, dtype=dtype)[:, ::2, :, ::2].copy_(input)
     labels = target.transpose(1, 2).contiguous().transpose(1, 2)
-    other_value, other = value_and_grad(region_cross_entropy, sliced, labels, merge=merge)
+    other_value, other = value_and_grad(region_cross_entropy, sliced, labels, **merge)
     assert torch.equal(other_value, value) and torch.equal(other, gradient)
     expanded = input[:1].expand(3, -1, -1, -1)
     assert region_cross_entropy(expanded, target[:1].expand(3, -1, -1)).isfinite()
@@ -219,24 +229,22 @@ def test_input_is_not_modified_and_backward_runs_twice():
     assert torch.equal(first, torch.autograd.grad(value, input)[0]) and torch.equal(input, kept)
 
 
-@pytest.mark.parametrize("merge", ["logits", "probs"])
+@merges
 def test_every_output_element_is_written(merge):
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
     try:
         input, target = case(19, 23, classes=5, dtype=torch.float32)
-        value, gradient = value_and_grad(region_cross_entropy, input, target, merge=merge, stride=2)
-        stats = region_cross_entropy_stats(input, target, merge=merge, stride=2)
+        value, gradient = value_and_grad(region_cross_entropy, input, target, stride=2, **merge)
+        stats = region_cross_entropy_stats(input, target, stride=2, **merge)
     finally:
         torch.use_deterministic_algorithms(False)
     assert value.isfinite() and gradient.isfinite().all() and stats.losses.isfinite().all()
 
 
-@pytest.mark.parametrize("merge", ["logits", "probs"])
+@merges
 def test_bits_depend_on_neither_run_nor_threads(merge):
     input, target = case(160, 90, classes=7, dtype=torch.float32)
-    results = on_threads(
-        (1, 2, 1, 3), lambda: value_and_grad(region_cross_entropy, input, target, merge=merge)
-    )
+    results = on_threads((1, 2, 1, 3), lambda: value_and_grad(region_cross_entropy, input, target, **merge))
     assert all(torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_exact
-from test_region_cross_entropy import case, value_and_grad
+from test_region_cross_entropy import case, merges, value_and_grad
 
 from dynplan.ops import region_cross_entropy
 from dynplan.reference import region_cross_entropy as reference
@@ -22,6 +22,7 @@ from dynplan.reference import region_cross_entropy as reference
     {"kernel_size": 7, "normalize": "count"},
     {"merge": "probs"},
     {"stride": 2, "label_smoothing": 0.1},
+    {"merge": "probs", "label_smoothing": 0.1},
 ])  # fmt: skip
 def test_error_is_at_most_twice_that_of_the_eager_form(dtype, options):
     input, target = case(24, 40, classes=9, dtype=dtype)
@@ -79,6 +80,13 @@ def test_tiny_and_perfect_losses_at_p_5():
     for merge in ("logits", "probs"):
         value, gradient = value_and_grad(region_cross_entropy, perfect, target, p=5.0, merge=merge)
         assert value == 0 and (gradient == 0).all()
+        # The least that smoothing leaves: of the other class, up to the floor of merged probabilities.
+        smoothed, gradient = value_and_grad(
+            region_cross_entropy, perfect, target, p=5.0, merge=merge, label_smoothing=0.1
+        )
+        floor = 500 if merge == "logits" else -math.log(torch.finfo(torch.float32).tiny)
+        assert smoothed.item() == pytest.approx(0.05 * floor) and gradient.isfinite().all()
+        torch.testing.assert_close(gradient.sum((0, 2, 3)), torch.tensor([0.025, -0.025]))
 
 
 def test_hopeless_pixels_stay_finite():
@@ -88,8 +96,14 @@ def test_hopeless_pixels_stay_finite():
     assert value.item() == pytest.approx(1000) and torch.allclose(
         gradient.sum((0, 2, 3)).abs(), torch.tensor([0.5, 0.5])
     )
-    value, gradient = value_and_grad(region_cross_entropy, input, target, merge="probs")
-    assert value.isfinite() and gradient.isfinite().all() and gradient.abs().max() > 0
+    for smoothing in (0.0, 0.2):
+        leaf = input.clone().requires_grad_()
+        options = {"merge": "probs", "label_smoothing": smoothing, "p": 1.0, "reduction": "sum"}
+        value = region_cross_entropy(leaf, target, **options)
+        assert value.isfinite()
+        (gradient,) = torch.autograd.grad(2.0**16 * value, leaf)  # of a loss scale
+        wanted = 2.0**16 * 36 * (1 - smoothing / 2)
+        torch.testing.assert_close(gradient.sum((0, 2, 3)), torch.tensor([-wanted, wanted]))
 
 
 def test_a_masked_class_does_not_reach_other_labels():
@@ -110,15 +124,17 @@ def test_nan_is_not_hidden():
         assert region_cross_entropy(input, target, merge=merge).isnan()
 
 
+@merges
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 @pytest.mark.parametrize("kernel_size", [3, 5, (3, 7), 9])
-def test_logits_of_ignored_pixels_reach_nothing(garbage, kernel_size):
+def test_logits_of_ignored_pixels_reach_nothing(garbage, kernel_size, merge):
     input, target = case(20, 45, dtype=torch.float32)
     assert (target == -100).any()
     void = (target == -100)[:, None].expand_as(input)
-    clean = value_and_grad(region_cross_entropy, input.masked_fill(void, 0), target, kernel_size=kernel_size)
+    options = {"kernel_size": kernel_size, **merge}
+    clean = value_and_grad(region_cross_entropy, input.masked_fill(void, 0), target, **options)
     value, gradient = value_and_grad(
-        region_cross_entropy, input.masked_fill(void, garbage), target, kernel_size=kernel_size
+        region_cross_entropy, input.masked_fill(void, garbage), target, **options
     )
     assert torch.equal(value, clean[0]) and torch.equal(gradient, clean[1])
 
@@ -126,10 +142,10 @@ def test_logits_of_ignored_pixels_reach_nothing(garbage, kernel_size):
 # Properties of the formulas.
 
 
-def test_sum_over_classes_of_the_gradient_is_0():
-    for merge in ("logits", "probs"):
-        _, gradient = value_and_grad(region_cross_entropy, *case(9, 20), merge=merge)
-        assert gradient.sum(1).abs().max() < 1e-16
+@merges
+def test_sum_over_classes_of_the_gradient_is_0(merge):
+    _, gradient = value_and_grad(region_cross_entropy, *case(9, 20), **merge)
+    assert gradient.sum(1).abs().max() < 1e-16
 
 
 @pytest.mark.parametrize("normalize", ["weight", "count"])

@@ -19,12 +19,16 @@ from dynplan.reference import region_cross_entropy as reference
     align_corners=st.booleans(),
     merge=st.sampled_from(["logits", "probs"]),
     kernel_size=st.sampled_from([1, 3, 5]),
+    smoothing=st.sampled_from([0.0, 0.1]),
     seed=st.integers(0, 2**16),
 )
-def test_drawn_cases_equal_interpolation_then_loss(low, scale, trim, align_corners, merge, kernel_size, seed):
+def test_drawn_cases_equal_interpolation_then_loss(
+    low, scale, trim, align_corners, merge, kernel_size, smoothing, seed
+):
     full = [max(1, n * scale - t) for n, t in zip(low, trim, strict=True)]
     input, target = case(*low, seed=seed, void=0)[0], case(*full, seed=seed + 1, void=1)[1]
     options = {"align_corners": align_corners, "merge": merge, "kernel_size": kernel_size}
+    options["label_smoothing"] = smoothing
     value, gradient = value_and_grad(region_cross_entropy_upsampled, input, target, **options)
     exact, exact_gradient = value_and_grad(reference.region_cross_entropy_upsampled, input, target, **options)
     torch.testing.assert_close(value, exact, rtol=1e-10, atol=1e-12)
