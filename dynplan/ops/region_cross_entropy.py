@@ -1,10 +1,12 @@
 """Region (adaptive-pooling) cross-entropy: the loss of windows of one category, fused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 
 from dynplan._library import find_op
 from dynplan.ops.region_minkowski import mean_over_ranks
@@ -97,7 +99,8 @@ def region_cross_entropy(
     Returns:
         () loss, or (N, *anchors) with ``reduction="none"``; float32, float64 for float64 input. Where every
         label is ignored the loss and its gradient are 0 (``F.cross_entropy``'s mean is NaN). A second
-        derivative is refused. On CPU the gradient of float32 ``input`` that requires one is made in the same
+        derivative is refused, and so are forward-mode ones; :mod:`torch.func`'s ``grad``, ``jacrev`` and
+        ``vmap`` are served. On CPU the gradient of float32 ``input`` that requires one is made in the same
         pass and held until ``backward()``; use :func:`torch.no_grad` where none is wanted.
 
     Raises:
@@ -158,19 +161,22 @@ def run(
     if weight is not None:  # C numbers in the accumulation type, whatever autocast made of them
         weight = weight.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     options = (
-        _per_axis(kernel_size, axes, int),
-        _per_axis(stride, axes, int),
-        _per_axis(spacing, axes, float),
+        _numbers(op, "kernel_size", kernel_size, axes, index),
+        _numbers(op, "stride", stride, axes, index),
+        _numbers(op, "spacing", spacing, axes, float),
         float(sigma),
         float(p),
         merge,
         normalize,
-        list(ignore_index) if isinstance(ignore_index, Sequence) else [ignore_index],
+        _numbers(op, "ignore_index", ignore_index, 1, index),
         float(label_smoothing),
         "sum" if reduction == "sum" else "mean",
     )
     if align_corners is not None:
-        outputs = _region_cross_entropy_upsampled(input, target, weight, align_corners, *options, agreement)
+        call = _UpsampledFunction.apply if _transformed() else _region_cross_entropy_upsampled
+        outputs = call(input, target, weight, align_corners, *options, agreement)
+    elif _transformed():
+        outputs = _PlainFunction.apply(input, target, weight, *options, agreement)
     elif agreement or reduction == "none" or not _gradient_at_once(input, merge, options):
         outputs = _region_cross_entropy(input, target, weight, *options, agreement)
     else:
@@ -201,13 +207,37 @@ def _gradient_at_once(input: Tensor, merge: str, options: tuple) -> bool:
     )
 
 
-def _per_axis(value, axes: int, number: type) -> list:
-    return [number(v) for v in value] if isinstance(value, Sequence) else [number(value)] * axes
+def _numbers(op: str, argument: str, value, count: int, number: Callable) -> list:
+    """The numbers of ``value``; ``count`` times ``value`` where it is one number."""
+    try:
+        if isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0):
+            return [number(v) for v in value]
+        return [number(value)] * count
+    except TypeError:
+        kind = "numbers" if number is float else "integers"
+        raise TypeError(f"{op}: expected {argument} to be one or several {kind}, got {value!r}") from None
 
 
-def _register(op: str, extra: int) -> None:
+def _transformed() -> bool:
+    """Whether a :mod:`torch.func` transform or forward-mode differentiation is on. Autograd that is
+    registered with torch.library refuses the former and drops the tangents of the latter."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def _function(op: str, call: Callable, setup_context: Callable, backward: Callable) -> type[Function]:
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(f"{op}: forward-mode differentiation is not implemented")
+
+    methods = {"forward": call, "setup_context": setup_context, "backward": backward, "jvp": jvp}
+    static = {name: staticmethod(method) for name, method in methods.items()}
+    return type(op, (Function,), static | {"generate_vmap_rule": True})
+
+
+def _register(op: str, extra: int) -> type[Function]:
     """Fakes and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
-    OPTIONS, and of its backward."""
+    OPTIONS, and of its backward. Returns the same as a function that torch.func's transforms take."""
     backward_op = find_op(f"_{op}_backward")
 
     def fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest):
@@ -222,12 +252,15 @@ def _register(op: str, extra: int) -> None:
         ctx.mark_non_differentiable(normalizer, lse, agreement)
         ctx.set_materialize_grads(False)
 
-    def backward(ctx, grad_value, _normalizer, grad_losses, *_):
-        inputs, state = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        grad = None
-        if grad_value is not None or grad_losses is not None:
-            grad = backward_op(grad_value, grad_losses, *inputs, *ctx.rest[:extra], *state, *ctx.rest[extra:])
-        return grad, *[None] * (len(ctx.rest) + 3)
+    def backward_by(call: Callable) -> Callable:
+        def backward(ctx, grad_value, _normalizer, grad_losses, *_):
+            inputs, state = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+            grad = None
+            if grad_value is not None or grad_losses is not None:
+                grad = call(grad_value, grad_losses, *inputs, *ctx.rest[:extra], *state, *ctx.rest[extra:])
+            return grad, *[None] * (len(ctx.rest) + 3)
+
+        return backward
 
     def refuse(ctx, grad):
         raise NotImplementedError(f"{op}: a second derivative is not implemented")
@@ -236,8 +269,10 @@ def _register(op: str, extra: int) -> None:
     torch.library.register_fake(
         f"dynplan::_{op}_backward", lambda grad_value, grad_losses, input, *_: torch.empty_like(input)
     )
-    torch.library.register_autograd(f"dynplan::{op}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"dynplan::{op}", backward_by(backward_op), setup_context=setup_context)
     torch.library.register_autograd(f"dynplan::_{op}_backward", refuse)
+    gradient = _function(op, backward_op, lambda ctx, inputs, output: None, refuse)
+    return _function(op, find_op(op), setup_context, backward_by(gradient.apply))
 
 
 def _register_once() -> None:
@@ -301,6 +336,6 @@ def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None
     )
 
 
-_register("region_cross_entropy", extra=0)
-_register("region_cross_entropy_upsampled", extra=1)
+_PlainFunction = _register("region_cross_entropy", extra=0)
+_UpsampledFunction = _register("region_cross_entropy_upsampled", extra=1)
 _register_once()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,20 @@ def test_tuples_per_axis(kernel_size, stride):
 ])  # fmt: skip
 def test_volumes(options):
     assert_like_reference(*case(5, 6, 19, seed=1), **options)
+
+
+def test_numbers_come_from_any_collection():
+    input, target = case(11, 12)
+    expected = region_cross_entropy(input, target, (3, 5), spacing=(2.0, 1.0), ignore_index=(-100, 2))
+    for several in (np.array, torch.tensor):
+        ours = region_cross_entropy(
+            input, target, several([3, 5]), spacing=several([2.0, 1.0]), ignore_index={2, -100}
+        )
+        assert torch.equal(ours, expected)
+    kernel_size, sigma = np.int64(3), torch.tensor(1.5)
+    assert region_cross_entropy(input, target, kernel_size, sigma) == region_cross_entropy(
+        input, target, 3, 1.5
+    )
 
 
 def test_spacing_changes_the_weights():

@@ -157,12 +157,54 @@ def test_autocast_keeps_the_input_and_gives_fp32(dtype):
     assert logits.grad.dtype == dtype and convolution.weight.grad.isfinite().all()
 
 
+def upsampled(input, target, **options):
+    return region_cross_entropy_upsampled(input, target, align_corners=True, **options)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the op once per sample
+@pytest.mark.parametrize("function", [region_cross_entropy, upsampled])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_func_transforms(function, reduction):
+    input, target = case(8, 9, batch=3, dtype=torch.float32)
+    weight = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    input, target = input[:, None], target[:, None]
+
+    def loss(input, target):
+        return function(input, target, weight=weight, reduction=reduction).sum()
+
+    expected = []
+    for image, labels in zip(input, target, strict=True):
+        leaf = image.clone().requires_grad_()
+        expected += torch.autograd.grad(loss(leaf, labels), leaf)
+    expected = torch.stack(expected)
+    of_one = torch.func.grad(loss)
+    torch.testing.assert_close(of_one(input[1], target[1]), expected[1])
+    torch.testing.assert_close(torch.func.jacrev(loss)(input[1], target[1]), expected[1])
+    torch.testing.assert_close(torch.func.vmap(of_one)(input, target), expected)
+    of_all = torch.func.grad(lambda x: torch.func.vmap(loss)(x, target).sum())
+    torch.testing.assert_close(of_all(input), expected)
+
+
+@pytest.mark.parametrize("function", [region_cross_entropy, upsampled])
+def test_forward_mode_is_refused(function):
+    input, target = case(5, 6)
+    op = "region_cross_entropy" + ("_upsampled" if function is upsampled else "")
+    message = f"^{op}: forward-mode differentiation is not implemented"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(lambda x: function(x, target), (input,), (input,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        function(torch.autograd.forward_ad.make_dual(input, input), target)
+
+
 def test_second_derivative_is_refused():
     input, target = case(5, 6)
     input.requires_grad_()
     (gradient,) = torch.autograd.grad(region_cross_entropy(input, target), input, create_graph=True)
     with pytest.raises(NotImplementedError, match="region_cross_entropy: a second derivative"):
         gradient.sum().backward()
+    twice = torch.func.grad(lambda x: torch.func.grad(region_cross_entropy)(x, target).sum())
+    with pytest.raises(NotImplementedError, match="region_cross_entropy: a second derivative"):
+        twice(input.detach())
 
 
 @pytest.mark.parametrize("label", [4, -1, 255, 2**31])
@@ -201,6 +243,11 @@ ERRORS = {
                   {"reduction": "max"}),
     "sum at p": (ValueError, "expected p to be 1 with reduction 'sum', got 5", {"reduction": "sum"}),
     "smoothing": (ValueError, "expected label_smoothing to be in 0..1, got 2", {"label_smoothing": 2.0}),
+    "kernel type": (TypeError, "expected kernel_size to be one or several integers, got 3.7",
+                    {"kernel_size": 3.7}),
+    "spacing type": (TypeError, "expected spacing to be one or several numbers, got None", {"spacing": None}),
+    "ignored type": (TypeError, "expected ignore_index to be one or several integers, got None",
+                     {"ignore_index": None}),
     "weight": (ValueError, "expected weight to have shape \\[2\\], got \\[3\\]", {"weight": torch.ones(3)}),
     "ignored": (ValueError, "expected ignore_index to hold at most 16 values, got 17",
                 {"ignore_index": list(range(100, 117))}),
