@@ -17,7 +17,8 @@ class RegionLoss(nn.Module):
         loss_weight: factor of the loss.
         loss_name: key in the head's losses; those that start with ``loss_`` are trained on.
         class_weight: weight of each class.
-        options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`.
+        options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`. A decode head's ``ignore_index`` goes
+            before the one given here.
 
     Raises:
         ValueError: on call, with pixel weights, ``avg_factor`` or ``reduction_override``, which a Minkowski
@@ -47,14 +48,15 @@ class RegionLoss(nn.Module):
         weight: Tensor | None = None,
         avg_factor: float | None = None,
         reduction_override: str | None = None,
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
     ) -> Tensor:
         for name, value in (
             ("weight", weight), ("avg_factor", avg_factor), ("reduction_override", reduction_override)
         ):  # fmt: skip
             if value is not None:
                 raise ValueError(f"RegionLoss: expected {name} to be None, got {type(value).__name__}")
-        self.loss.options["ignore_index"] = ignore_index
+        if ignore_index is not None:
+            self.loss.options["ignore_index"] = ignore_index
         return self.loss_weight * self.loss(cls_score, label)
 
 

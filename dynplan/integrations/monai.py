@@ -1,11 +1,11 @@
 """The region loss in the conventions of MONAI, which is not needed to use it."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from dynplan.nn import RegionCrossEntropyLoss
-
-# Any label no data set uses; it is only ever put in place of class 0.
-_BACKGROUND = -101
 
 
 class RegionLoss(nn.Module):
@@ -13,7 +13,7 @@ class RegionLoss(nn.Module):
 
     Args:
         include_background: False leaves the pixels of class 0 out, as anchors and in windows.
-        ignore_index: label to leave out.
+        ignore_index: label, or several, to leave out.
         options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`; ``spacing`` is the voxel size.
 
     Shape:
@@ -21,15 +21,16 @@ class RegionLoss(nn.Module):
         transforms leave them or integer, or one-hot (N, C, *spatial) with C > 1.
     """
 
-    def __init__(self, include_background: bool = True, ignore_index: int = -100, **options) -> None:
+    def __init__(
+        self, include_background: bool = True, ignore_index: int | Sequence[int] = -100, **options
+    ) -> None:
         super().__init__()
-        self.include_background = include_background
-        self.loss = RegionCrossEntropyLoss(ignore_index=(ignore_index, _BACKGROUND), **options)
+        ignored = list(ignore_index) if isinstance(ignore_index, Sequence) else [ignore_index]
+        self.loss = RegionCrossEntropyLoss(ignore_index=ignored + [0] * (not include_background), **options)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if target.dim() == input.dim():
             target = target.argmax(1) if target.shape[1] > 1 else target.squeeze(1)
-        target = target.long()
-        if not self.include_background:
-            target = target.masked_fill(target == 0, _BACKGROUND)
+        if target.is_floating_point() or target.dtype == torch.bool:
+            target = target.long()  # integers of any width are read as they are
         return self.loss(input, target)

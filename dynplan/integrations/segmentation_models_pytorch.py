@@ -11,8 +11,8 @@ class RegionLoss(nn.Module):
 
     Args:
         mode: ``"multiclass"``: ``y_pred`` (N, C, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of classes.
-            ``"binary"``: ``y_pred`` (N, 1, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of 0 and 1, floating
-            or integer; the loss is that of the logits (0, ``y_pred``).
+            ``"binary"``: ``y_pred`` (N, 1, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of 0 and 1, floating,
+            bool or integer; the loss is that of the logits (0, ``y_pred``).
         ignore_index: label to leave out, or None.
         options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`.
 
@@ -32,4 +32,6 @@ class RegionLoss(nn.Module):
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         if self.mode == "binary":
             y_pred = torch.cat([torch.zeros_like(y_pred), y_pred], dim=1)
-        return self.loss(y_pred, y_true.long())
+        if y_true.is_floating_point() or y_true.dtype == torch.bool:
+            y_true = y_true.long()  # integers of any width are read as they are
+        return self.loss(y_pred, y_true)

@@ -46,8 +46,8 @@ class RegionCrossEntropyLoss(nn.Module):
         align_corners: bool | None = None,
     ) -> None:
         super().__init__()
-        if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.float32)
+        if weight is not None and not isinstance(weight, Tensor):
+            weight = torch.tensor(weight, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
         self.align_corners = align_corners
         self.options = {

@@ -21,6 +21,9 @@ def test_module_is_the_function():
     expected = region_cross_entropy(INPUT, TARGET, weight=torch.tensor([1.0, 2.0, 3.0]), **options)
     assert torch.equal(loss(INPUT, TARGET), expected)
     assert loss.state_dict() == {} and "p=2.0" in repr(loss) and "weighted" in repr(loss)
+    tenths = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)  # keep their digits
+    exact = region_cross_entropy(INPUT.double(), TARGET, weight=tenths)
+    assert torch.equal(RegionCrossEntropyLoss(weight=tenths)(INPUT.double(), TARGET), exact)
     assert loss.to(torch.bfloat16).weight.dtype == torch.bfloat16
     torch.testing.assert_close(loss(INPUT, TARGET), expected)
 
@@ -42,6 +45,8 @@ def test_segmentation_models_pytorch():
     truth = (TARGET > 0).float()[:, None]
     expected = F.binary_cross_entropy_with_logits(INPUT[:, :1], truth)
     torch.testing.assert_close(binary(INPUT[:, :1], truth), expected)
+    torch.testing.assert_close(binary(INPUT[:, :1], truth.bool()), expected)
+    assert torch.equal(loss(INPUT, TARGET.to(torch.uint8)), loss(INPUT, TARGET))
     with pytest.raises(ValueError, match="'binary' or 'multiclass', got 'multilabel'"):
         segmentation_models_pytorch.RegionLoss("multilabel")
 
@@ -51,10 +56,11 @@ def test_monai():
     expected = region_cross_entropy(INPUT, TARGET, kernel_size=3)
     assert torch.equal(loss(INPUT, TARGET[:, None].float()), expected)
     assert torch.equal(loss(INPUT, F.one_hot(TARGET, 3).movedim(-1, 1)), expected)
-    foreground = monai.RegionLoss(include_background=False)
-    assert torch.equal(
-        foreground(INPUT, TARGET[:, None]), region_cross_entropy(INPUT, TARGET, ignore_index=0)
-    )
+    expected = region_cross_entropy(INPUT, TARGET, ignore_index=0)
+    for ignored in (255, (-100, 255)):
+        foreground = monai.RegionLoss(include_background=False, ignore_index=ignored)
+        for labels in (TARGET, TARGET.to(torch.uint8), TARGET.float()):
+            assert torch.equal(foreground(INPUT, labels[:, None]), expected)
     volume = torch.randn(1, 2, 4, 5, 6)
     assert monai.RegionLoss(spacing=(3.0, 1.0, 1.0))(volume, torch.zeros(1, 1, 4, 5, 6)).isfinite()
 
@@ -64,6 +70,8 @@ def test_mmsegmentation(monkeypatch):
     expected = region_cross_entropy(INPUT, TARGET, weight=torch.tensor([1.0, 1.0, 2.0]), ignore_index=1)
     torch.testing.assert_close(loss(INPUT, TARGET, ignore_index=1), 0.5 * expected)
     assert loss.loss_name == "loss_region"
+    ignoring = mmsegmentation.RegionLoss(class_weight=[1.0, 1.0, 2.0], ignore_index=1)
+    torch.testing.assert_close(ignoring(INPUT, TARGET), expected)
     with pytest.raises(ValueError, match="expected weight to be None, got Tensor"):
         loss(INPUT, TARGET, weight=torch.ones(2, 9, 12))
 
