@@ -80,12 +80,14 @@ def load_split(path: Path, size: tuple[int, int], progress: bool = True) -> Spli
     """Decode a split and scale it to ``size`` (height, width): images by area, masks by the nearest pixel.
 
     Raises:
-        ValueError: no image, an image without a mask, or masks of several sizes.
+        ValueError: no image, an image without a mask, masks in colours, or masks of several sizes.
     """
     height, width = size
     names, images, labels, full_labels = [], [], [], []
     for name, image, mask in tqdm(_pairs(path), desc=path.name, unit="image", disable=not progress):
         names.append(name)
+        if len(mask.getbands()) > 1:
+            raise ValueError(f"{path}: expected masks of class ids, got mode {mask.mode} for {name}")
         full_labels.append(np.asarray(mask))
         images.append(np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.BOX)))
         labels.append(np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)))
@@ -105,16 +107,23 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split]:
     """Cut ``split`` in two for choosing hyper-parameters: (fit, held out).
 
     The last ``share`` of each drive (the part of the name before ``_``) is held out: neighbouring frames show
-    the same scene, so a random cut would put near-copies of the training frames into the held-out part.
+    the same scene, so a random cut would put near-copies of the training frames into the held-out part. Where
+    the names tell of no drives that long, it is the last ``share`` of all.
+
+    Raises:
+        ValueError: too few images for two parts.
     """
     drives: dict[str, list[int]] = {}
     for i, name in enumerate(split.names):
         drives.setdefault(name.split("_")[0], []).append(i)
-    fit, held = [], []
-    for members in drives.values():
-        cut = len(members) - round(share * len(members))
-        fit += members[:cut]
-        held += members[cut:]
+    for members in (drives.values(), [list(range(len(split.names)))]):
+        cuts = [(drive, len(drive) - round(share * len(drive))) for drive in members]
+        fit = [i for drive, cut in cuts for i in drive[:cut]]
+        held = [i for drive, cut in cuts for i in drive[cut:]]
+        if fit and held:
+            break
+    else:
+        raise ValueError(f"expected enough images to hold out {share:.0%} of them, got {len(split.names)}")
     return split.select(torch.tensor(fit)), split.select(torch.tensor(held))
 
 
@@ -130,7 +139,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, Image.Image, Image.Image]]:
 def _decode(path: Path, members: set[str], read: Callable[[str], bytes]):
     for member in sorted(members):
         entry = PurePosixPath(member)
-        if entry.parent.name != "images" or entry.suffix not in (".jpg", ".png"):
+        if entry.parent.name != "images" or entry.suffix.lower() not in (".jpg", ".jpeg", ".png"):
             continue
         mask = str(entry.parent.parent / "masks" / f"{entry.stem}.png")
         if mask not in members:

@@ -92,6 +92,10 @@ def test_hold_out_takes_the_end_of_each_drive(splits):
     fitted, held = hold_out(splits[0], share=0.25)
     assert held.names == ("a_012", "a_014", "b_013", "b_015")
     assert sorted(fitted.names + held.names) == sorted(splits[0].names)
+    unnamed = splits[0]._replace(names=tuple(str(i) for i in range(16)))
+    assert hold_out(unnamed, share=0.25)[1].names == ("12", "13", "14", "15")
+    with pytest.raises(ValueError, match="expected enough images to hold out 25% of them, got 1"):
+        hold_out(unnamed.select(torch.tensor([0])), share=0.25)
 
 
 def test_data_errors_say_what_was_expected(tmp_path, root):
@@ -102,6 +106,10 @@ def test_data_errors_say_what_was_expected(tmp_path, root):
         load_split(tmp_path, (8, 8), progress=False)
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "one.jpg")
     with pytest.raises(ValueError, match="expected masks/one.png beside images/one.jpg"):
+        load_split(tmp_path, (8, 8), progress=False)
+    (tmp_path / "masks").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "masks" / "one.png")
+    with pytest.raises(ValueError, match="expected masks of class ids, got mode RGB for one"):
         load_split(tmp_path, (8, 8), progress=False)
     (tmp_path / "classes.json").write_text(
         json.dumps({"ignore_id": 9, "classes": [{"id": 1, "name": "x", "colour": [0, 0, 0]}]})
