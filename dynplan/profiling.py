@@ -20,11 +20,14 @@ from dynplan._library import find_op
 from dynplan.benchmarking import interleave
 from dynplan.integrations import encoder as planned
 from dynplan.integrations import forward as swapped
+from dynplan.integrations import whole
 
 _encoder_phases = find_op("_encoder_phases")
 
 # In the order of dynplan::_encoder_phases; the name of each phase -> the group it is drawn in.
 PHASES = {
+    "embeddings": "embeddings",
+    "schedule of all layers": "dispatch",
     "gather active rows": "dispatch",
     "product: query, key, value": "products",
     "attention": "attention",
@@ -33,13 +36,15 @@ PHASES = {
     "product: up, activation": "products",
     "product: down, residual": "products",
     "second norm, scatter": "norms",
+    "padding restored": "dispatch",
 }
 GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings", "Python")
-_ENCODER_OPS = ("conditional_encoder", "conditional_encoder_layer")
+_ENCODER_OPS = ("encode_tokens", "conditional_encoder", "conditional_encoder_layer")
 _DISPATCH_OPS = ("pack", "build_dispatch", "unpack")
 # Where the forward looks them up.
 _PLACES = {
-    planned: (*_ENCODER_OPS, "build_dispatch", "plan_upfront", "keep_stepwise"),
+    whole: ("encode_tokens", "plan_upfront"),
+    planned: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "keep_stepwise"),
     swapped: ("pack", "unpack"),
 }
 
@@ -121,7 +126,7 @@ def profile_forward(model: nn.Module, inputs: Mapping[str, Tensor], rounds: int 
 
 def _parts(total: float, spent: Mapping[str, float], phases: Sequence[float]) -> list[Part]:
     encoder = sum(spent.get(op, 0.0) for op in _ENCODER_OPS)
-    parts = [Part("embeddings", "embeddings", spent.get("_embed", 0.0))]
+    parts = [Part("embeddings, op by op", "embeddings", spent.get("_embed", 0.0))]
     plan = spent.get("plan_upfront", 0.0) + spent.get("keep_stepwise", 0.0)
     parts.append(Part("policy's plan", "dispatch", plan))
     parts += [Part(op, "dispatch", spent.get(op, 0.0)) for op in _DISPATCH_OPS]

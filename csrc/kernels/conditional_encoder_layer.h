@@ -44,8 +44,10 @@ struct ConditionalEncoderParams {
   Activation activation;
   float eps;
   int64_t workers = 1;           // threads the Parallel drives, at least 1
-  float* workspace;              // encoder_workspace_floats() of them
+  float* workspace = nullptr;    // encoder_workspace_floats() of them
   PhaseTimes* phases = nullptr;  // added to, if given
+  // If given, makes rows [begin, end) of `hidden` before the first layer; shared out as layers are.
+  const RangeBody* fill = nullptr;
 };
 
 // At most this many active rows are shared out by columns of the weights, more by rows (encoder/schedule.h).
@@ -74,8 +76,11 @@ constexpr int64_t block_rows(int64_t hidden_size, int64_t intermediate_size) {
 // Samples flow where a thread's share of a layer is at least twice this many rows.
 constexpr int64_t kFlowRows = 48;
 
-// Most stages that a team goes through in one layer.
-constexpr int64_t kLayerStages = 8;
+// Most stages that a team goes through in one layer, and before the first.
+constexpr int64_t kLayerStages = 8, kFillStages = 1;
+
+// Rows that are worth waking a thread for to have them filled.
+constexpr int64_t kFillGrain = 64;
 
 // How threads share the work; one of the two is null.
 struct Sharing {
@@ -94,7 +99,7 @@ inline void conditional_encoder(const ConditionalEncoderParams& p, Sharing shari
 inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel parallel,
                                 CpuIsa isa = cpu_isa()) {
   const auto together = [&] {
-    const Team team(kLayerStages * p.layers, p.workers);
+    const Team team(kFillStages + kLayerStages * p.layers, p.workers);
     conditional_encoder(p, {.flow = nullptr, .team = &team}, parallel, isa);
   };
   // Too few rows for the question below: one short text, which the answer would cost more than it may.
@@ -108,6 +113,7 @@ inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel para
   const bool flows = p.workers == 1 || (flow.work() >= 2 * kFlowRows * p.workers * flow.layers() &&
                                         4 * p.workers * flow.chain() <= 3 * flow.work());
   if (!flows) return together();
+  if (p.fill != nullptr) parallel(p.capacity, kFillGrain, *p.fill);
   conditional_encoder(p, {.flow = &flow, .team = nullptr}, parallel, isa);
 }
 

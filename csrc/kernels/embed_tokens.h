@@ -18,8 +18,8 @@ namespace dynplan::kernels {
 
 // Dense integers of either width.
 struct Ids {
-  const void* data;
-  bool wide;  // int64, else int32
+  const void* data = nullptr;
+  bool wide = false;  // int64, else int32
   int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
@@ -61,10 +61,18 @@ struct EmbedTokensParams {
   float* packed;  // (T, E)
 };
 
-DYNPLAN_PER_ISA(void embed_tokens(const EmbedTokensParams& p, Parallel parallel))
+// Tokens [begin, end) alone.
+DYNPLAN_PER_ISA(void embed_rows(const EmbedTokensParams& p, int64_t begin, int64_t end))
+
+inline void embed_rows(const EmbedTokensParams& p, int64_t begin, int64_t end, CpuIsa isa = cpu_isa()) {
+  DYNPLAN_ON_ISA(isa, embed_rows(p, begin, end));
+}
+
+// Fewer tokens than this are not worth waking a thread for.
+constexpr int64_t kEmbedGrain = 64;
 
 inline void embed_tokens(const EmbedTokensParams& p, Parallel parallel, CpuIsa isa = cpu_isa()) {
-  DYNPLAN_ON_ISA(isa, embed_tokens(p, parallel));
+  parallel(p.tokens, kEmbedGrain, [&](int64_t begin, int64_t end) { embed_rows(p, begin, end, isa); });
 }
 
 }  // namespace dynplan::kernels

@@ -104,6 +104,7 @@ DYNPLAN_PER_ISA(void reduced_encoder(const ConditionalEncoderParams& p, ReducedP
 
 inline void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, Parallel parallel,
                             CpuIsa isa = cpu_isa()) {
+  if (p.fill != nullptr) parallel(p.capacity, kFillGrain, *p.fill);
   DYNPLAN_ON_ISA(isa, reduced_encoder(p, product, parallel));
 }
 

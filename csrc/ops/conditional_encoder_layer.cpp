@@ -51,13 +51,32 @@ EncoderSizes check_pack_encoder_weights(const char* op, at::TensorList weights) 
   return {h, i};
 }
 
+kernels::Activation check_encoder_options(const char* op, int64_t width, at::TensorList packed_weights,
+                                          at::ScalarType wanted, int64_t num_heads,
+                                          std::string_view activation, at::Device device) {
+  TORCH_CHECK_VALUE(num_heads > 0 && width % num_heads == 0, op, ": expected num_heads to divide the width ",
+                    width, ", got ", num_heads);
+  for (const at::Tensor& packed : packed_weights) {
+    TORCH_CHECK_VALUE(packed.device() == device, op, ": expected packed_weights on ", device, ", got ",
+                      packed.device());
+    TORCH_CHECK_TYPE(packed.scalar_type() == wanted, op,
+                     ": expected packed_weights of pack_encoder_weights to be ", wanted, ", got ",
+                     packed.scalar_type());
+  }
+  const std::optional<kernels::Activation> chosen = kernels::activation_of(activation);
+  TORCH_CHECK_VALUE(chosen.has_value(), op, ": expected activation to be one of ", kernels::kActivationNames,
+                    ", got ", std::string(activation));
+  return *chosen;
+}
+
 EncoderCall check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
                                       const at::Tensor& cu_seqlens, const at::Tensor& counts,
                                       at::TensorList packed_weights, int64_t num_heads,
                                       std::string_view activation, double eps) {
   TORCH_CHECK_VALUE(hidden.dim() == 2, op, ": expected hidden to have shape (T, H), got ", hidden.sizes());
-  TORCH_CHECK_VALUE(num_heads > 0 && hidden.size(1) % num_heads == 0, op,
-                    ": expected num_heads to divide the width ", hidden.size(1), ", got ", num_heads);
+  const kernels::Activation chosen = check_encoder_options(
+      op, hidden.size(1), packed_weights, hidden.is_cuda() ? hidden.scalar_type() : at::kByte, num_heads,
+      activation, hidden.device());
   TORCH_CHECK_VALUE(cu_seqlens.dim() == rows.dim() && cu_seqlens.size(-1) >= 1, op,
                     ": expected cu_seqlens to have as many dimensions as rows and an offset at least, got ",
                     cu_seqlens.sizes());
@@ -68,26 +87,9 @@ EncoderCall check_conditional_encoder(const char* op, const at::Tensor& hidden, 
   check_int32(op, "rows", rows, hidden, shape(hidden.size(0)));
   check_int32(op, "cu_seqlens", cu_seqlens, hidden, shape(cu_seqlens.size(-1)));
   check_int32(op, "counts", counts, hidden, shape(2));
-  for (const at::Tensor& packed : packed_weights) {
-    TORCH_CHECK_VALUE(packed.device() == hidden.device(), op, ": expected packed_weights on ",
-                      hidden.device(), ", got ", packed.device());
-    const at::ScalarType wanted = hidden.is_cuda() ? hidden.scalar_type() : at::kByte;
-    TORCH_CHECK_TYPE(packed.scalar_type() == wanted, op,
-                     ": expected packed_weights of pack_encoder_weights to be ", wanted, ", got ",
-                     packed.scalar_type());
-  }
-  const std::optional<kernels::Activation> chosen = kernels::activation_of(activation);
-  TORCH_CHECK_VALUE(chosen.has_value(), op, ": expected activation to be one of ", kernels::kActivationNames,
-                    ", got ", std::string(activation));
-  return {op,
-          hidden,
-          rows.contiguous(),
-          cu_seqlens.contiguous(),
-          counts.contiguous(),
-          packed_weights,
-          num_heads,
-          *chosen,
-          static_cast<float>(eps)};
+  return {
+      op,        hidden, rows.contiguous(),      cu_seqlens.contiguous(), counts.contiguous(), packed_weights,
+      num_heads, chosen, static_cast<float>(eps)};
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

@@ -48,6 +48,13 @@ struct EncoderCall {
   int64_t samples() const { return cu_seqlens.size(-1) - 1; }
 };
 
+// Checks the options that every encoder op has, and that packed_weights are of type `wanted` on the CPU or on
+// `device`. Returns the activation.
+kernels::Activation check_encoder_options(const char* op, int64_t width, at::TensorList packed_weights,
+                                          at::ScalarType wanted, int64_t num_heads,
+                                          std::string_view activation,
+                                          at::Device device = at::Device(at::kCPU));
+
 // Checks what both devices ask for; dtypes of `hidden` and contents are left to each.
 EncoderCall check_conditional_encoder(const char* op, const at::Tensor& hidden, const at::Tensor& rows,
                                       const at::Tensor& cu_seqlens, const at::Tensor& counts,

@@ -21,9 +21,10 @@ namespace dynplan {
 
 // The arguments of one call, checked for shape, type and device; contents are left to the kernel's caller.
 struct EmbedTokensCall {
-  at::Tensor input_ids;
-  std::optional<at::Tensor> attention_mask, token_type_ids;
-  at::Tensor word, type, position, norm_weight, norm_bias;
+  const char* op;  // the name errors carry
+  const at::Tensor& input_ids;
+  const std::optional<at::Tensor>&attention_mask, &token_type_ids;
+  const at::Tensor &word, &type, &position, &norm_weight, &norm_bias;
   double eps;
   std::optional<int64_t> padding_idx;
 };

@@ -168,17 +168,22 @@ void against_loops(const Case& c, unsigned seed) {
 
   for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
     if (isa > best_cpu_isa()) continue;
-    const auto run = [&](Parallel parallel, int64_t workers) {
-      std::vector<float> out = hidden;
+    const auto run = [&](Parallel parallel, int64_t workers, bool filled = false) {
+      std::vector<float> out = filled ? std::vector<float>(hidden.size(), NAN) : hidden;
       std::vector<float> workspace(encoder_workspace_floats(most, h, c.intermediate), NAN);
-      conditional_encoder(
-          {out.data(), RowType::float32, rows.data(), offsets.data(), counts.data(), packed.data(), c.layers,
-           tokens, samples, h, c.intermediate, c.heads, c.activation, 1e-5f, workers, workspace.data()},
-          parallel, isa);
+      const auto copy = [&](int64_t first, int64_t last) {
+        std::copy(hidden.begin() + first * h, hidden.begin() + last * h, out.begin() + first * h);
+      };
+      const RangeBody fill = copy;
+      conditional_encoder({out.data(), RowType::float32, rows.data(), offsets.data(), counts.data(),
+                           packed.data(), c.layers, tokens, samples, h, c.intermediate, c.heads, c.activation,
+                           1e-5f, workers, workspace.data(), nullptr, filled ? &fill : nullptr},
+                          parallel, isa);
       return out;
     };
     const std::vector<float> out = run(serial, 1);
     EXPECT(out == run(dynplan::test::threads, 3));  // the same bits on any number of threads
+    EXPECT(out == run(serial, 1, true) && out == run(dynplan::test::threads, 3, true));
     double error = 0;
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t d = 0; d < h; ++d) {

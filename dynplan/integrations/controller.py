@@ -5,10 +5,20 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dynplan.integrations.encoder import EncoderRun, Gates, PlannedEncoder
 from dynplan.policies import PlanRequest, Policy, check_budget
+
+
+class _Noted:
+    """The plan of a forward, made when it is asked for where its shape says it all."""
+
+    __slots__ = ("plan",)
+
+    def __init__(self, plan: Tensor | tuple[int, int]) -> None:
+        self.plan = plan
 
 
 class Controller:
@@ -25,7 +35,7 @@ class Controller:
     def __init__(self, encoder: PlannedEncoder, policy: Policy) -> None:
         self._encoder = encoder
         self._budget: float | None = None
-        self._latest: Tensor | None = None
+        self._latest: _Noted | None = None
         self._local = threading.local()
         self.policy = policy
 
@@ -52,6 +62,11 @@ class Controller:
         self._budget = None if budget is None else check_budget("dynplan", budget)
 
     @property
+    def encoder(self) -> PlannedEncoder:
+        """The layers."""
+        return self._encoder
+
+    @property
     def planner(self) -> nn.Module | None:
         """The policy's planner, if it has one."""
         return getattr(self._policy, "planner", None)
@@ -68,7 +83,12 @@ class Controller:
     @property
     def last_plan(self) -> Tensor | None:
         """bool ``(B, L)`` of this thread's last forward; a thread that ran none sees the latest of any."""
-        return getattr(self._local, "plan", self._latest)
+        noted = getattr(self._local, "noted", self._latest)
+        if noted is None:
+            return None
+        if not isinstance(noted.plan, Tensor):
+            noted.plan = torch.ones(noted.plan, dtype=torch.bool)
+        return noted.plan
 
     @property
     def gates(self) -> Gates | None:
@@ -100,9 +120,12 @@ class Controller:
         where only the layers' own modules will do (adapters, hooks)."""
         return self._encoder.packed()
 
-    def note_plan(self, plan: Tensor) -> None:
-        """Sets :attr:`last_plan`, for those who run the encoder past :meth:`run`."""
-        self._local.plan = self._latest = plan
+    def note_plan(self, plan: Tensor | tuple[int, int]) -> None:
+        """Sets :attr:`last_plan`, for those who run the encoder past :meth:`run`.
+
+        Where every layer was kept, the plan's shape will do.
+        """
+        self._local.noted = self._latest = _Noted(plan)
 
     def refresh(self) -> None:
         """Take up the model's weights anew at the next forward.

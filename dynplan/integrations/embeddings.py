@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynplan import _native
+from dynplan.integrations.places import Places
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.pack import Packed
 
@@ -30,11 +30,14 @@ class PlainEmbeddings:
 
     Args:
         module: the embeddings of the bare encoder.
+
+    Attributes:
+        parameters: dictionary and name of each, in the order of ``embed_tokens``.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._entries: tuple[list, list, list, list] | None = None
+        self._places: Places | None = None
 
     def serves(self, position_ids: Any, inputs_embeds: Any) -> bool:
         """Whether a forward with these arguments may be computed here.
@@ -46,33 +49,28 @@ class PlainEmbeddings:
             return False
         if torch.is_grad_enabled() or self.module.training:
             return False
-        if self._entries is None:
-            self._entries = self._look()
-        return bool(self._entries) and _native.same_entries(*self._entries)
+        return self.places() is not None
+
+    def places(self) -> Places | None:
+        """What holds while the module stays plain; None if it is not."""
+        if self._places is None or not self._entries.same():
+            self._places = self._look()
+        return self._places
+
+    def arguments(self) -> tuple:
+        """Of ``embed_tokens``, from its tables on; only where there are :meth:`places`."""
+        return (*(table[name] for table, name in self.parameters), self._eps, self._padding_idx)
 
     def __call__(
         self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
     ) -> Packed:
         """The module's own forward on the tokens of the mask; None: on every position."""
-        word, kind, position, norm = self._parameters
-        return embed_tokens(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            word["weight"],
-            kind["weight"],
-            position["weight"],
-            norm["weight"],
-            norm["bias"],
-            self._eps,
-            self._padding_idx,
-        )
+        return embed_tokens(input_ids, attention_mask, token_type_ids, *self.arguments())
 
-    def _look(self) -> tuple[()] | tuple[list, list, list, list]:
-        """Arguments of ``same_entries`` that hold while the module stays plain; nothing if it is not."""
+    def _look(self) -> Places | None:
         kind = type(self.module)
         if kind.__name__ not in _CLASSES or not kind.__module__.startswith("transformers."):
-            return ()
+            return None
         parts = [getattr(self.module, name) for name in _PARTS]
         tables, norm = parts[:3], parts[3]
         self._padding_idx = self.module.padding_idx if _CLASSES[kind.__name__] else None
@@ -86,21 +84,22 @@ class PlainEmbeddings:
             and isinstance(self._padding_idx, int) == _CLASSES[kind.__name__]
         )
         if not plain:
-            return ()
+            return None
         # Read past the modules' own attribute look-up, which costs more than what is looked up.
-        self._parameters = [part._parameters for part in parts[:4]]
+        self.parameters = [(part._parameters, "weight") for part in parts[:4]]
+        self.parameters.append((norm._parameters, "bias"))
         self._eps = norm.eps
-        places = [(self.module._modules, name, part) for name, part in zip(_PARTS, parts, strict=True)]
-        places.append((vars(norm), "eps", norm.eps))
+        places = Places()
+        for name in _PARTS:
+            places.stay(self.module._modules, name)
+        places.stay(vars(norm), "eps")
         if self._padding_idx is not None:
-            places.append((vars(self.module), "padding_idx", self._padding_idx))
-        hooks = [
-            table
-            for part in (self.module, *parts)
-            for table in (part._forward_hooks, part._forward_pre_hooks)
-        ]
-        return *map(list, zip(*places, strict=True)), hooks
+            places.stay(vars(self.module), "padding_idx")
+        for part in (self.module, *parts):
+            places.without_hooks(part)
+        self._entries = places.watch()
+        return places if self._entries.same() else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles look at their own module.
-        return {"module": self.module, "_entries": None}
+        return {"module": self.module, "_places": None}

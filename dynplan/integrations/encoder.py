@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynplan.integrations.weights import PackedLayers
+from dynplan.integrations.weights import PackedLayers, PackedStack
 from dynplan.ops.build_dispatch import Dispatch, build_dispatch
 from dynplan.ops.conditional_encoder_layer import (
     ActiveSizes,
@@ -69,6 +69,12 @@ class PlannedEncoder:
         self.layers = layers
         self.shape = (num_heads, activation, eps)
         self._weights = PackedLayers(weights)
+
+    @property
+    def stack(self) -> PackedStack | None:
+        """What the last forward that ran fused has packed; None before the first, or if none can."""
+        stack = self._weights.stack
+        return None if stack is None or stack.packed is None else stack
 
     @property
     def weights(self) -> str | None:

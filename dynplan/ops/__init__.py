@@ -11,6 +11,7 @@ from dynplan.ops.conditional_encoder_layer import (
     pack_encoder_weights,
 )
 from dynplan.ops.embed_tokens import embed_tokens
+from dynplan.ops.encode_tokens import encode_tokens
 from dynplan.ops.pack import Packed, pack, unpack
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 from dynplan.ops.region_cross_entropy import RegionStats, region_cross_entropy, region_cross_entropy_stats
@@ -27,6 +28,7 @@ __all__ = [
     "conditional_encoder",
     "conditional_encoder_layer",
     "embed_tokens",
+    "encode_tokens",
     "pack",
     "pack_encoder_weights",
     "pack_reduced_encoder_weights",

@@ -188,9 +188,14 @@ def _check(op: str, hidden: Tensor, num_heads: int, activation: str) -> None:
         hidden.dim() == 2,
         lambda: f"{op}: expected hidden to have shape (T, H), got {list(hidden.shape)}",
     )
+    check_options(op, hidden.shape[1], num_heads, activation)
+
+
+def check_options(op: str, width: int, num_heads: int, activation: str) -> None:
+    """What every op with an encoder in it asks for, as the compiled ops word it."""
     torch._check_value(
-        num_heads > 0 and hidden.shape[1] % num_heads == 0,
-        lambda: f"{op}: expected num_heads to divide the width {hidden.shape[1]}, got {num_heads}",
+        num_heads > 0 and width % num_heads == 0,
+        lambda: f"{op}: expected num_heads to divide the width {width}, got {num_heads}",
     )
     torch._check_value(
         activation in ACTIVATIONS,

@@ -1,6 +1,9 @@
 """What the check before each forward rests on: entries of dictionaries and tensors that have not changed."""
 
 import copy
+import gc
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,18 +14,43 @@ from dynplan import _native
 from dynplan.integrations.embeddings import PlainEmbeddings
 
 
-def test_same_entries():
-    first, second, empty = object(), object(), {}
+class Thing:
+    pass
+
+
+def test_entries():
+    first, second, empty, thing = Thing(), Thing(), OrderedDict(), Thing()
+    thing.training = False
     table = {"a": first, "b": second}
-    lists = [table, table], ["a", "b"], [first, second], [empty]
-    assert _native.same_entries(*lists)
-    table["b"] = first
-    assert not _native.same_entries(*lists)
-    del table["b"]
-    assert not _native.same_entries(*lists)
-    table["b"] = second
-    empty[0] = 0
-    assert not _native.same_entries(*lists)
+    lists = [table, table, vars(thing)], ["a", "b", "training"], [first, second, False], [empty]
+    entries = _native.Entries(*lists)
+    lists[0].clear()
+    assert entries.same() and entries.same()
+    for change, back in (
+        (lambda: table.update(b=first), lambda: table.update(b=second)),
+        (lambda: table.pop("b"), lambda: table.update(b=second)),
+        (lambda: table.clear(), lambda: table.update(a=first, b=second)),
+        (lambda: empty.update({0: 0}), lambda: empty.clear()),
+        (lambda: setattr(thing, "training", True), lambda: setattr(thing, "training", False)),
+        (lambda: delattr(thing, "training"), lambda: setattr(thing, "training", False)),
+    ):
+        change()
+        assert not entries.same() and not entries.same()
+        back()
+        assert entries.same()
+    table["c"] = first  # not ours
+    assert entries.same()
+
+
+def test_entries_are_no_secret_to_the_garbage_collector():
+    thing = Thing()
+    thing.table = {"thing": thing}
+    thing.entries = _native.Entries([thing.table], ["thing"], [thing], [])
+    assert thing.entries.same()
+    left = weakref.ref(thing)
+    del thing
+    gc.collect()
+    assert left() is None
 
 
 @pytest.mark.parametrize(
@@ -34,9 +62,9 @@ def test_same_entries():
         (([], [], [], [1]), TypeError),
     ],
 )
-def test_same_entries_refuses(lists, error):
+def test_entries_refuse(lists, error):
     with pytest.raises(error):
-        _native.same_entries(*lists)
+        _native.Entries(*lists).same()
 
 
 def write(tensor):
@@ -89,8 +117,9 @@ def test_plain_embeddings(kind):
     assert not plain.serves(None, None)
     hook.remove()
     assert plain.serves(None, None)
-    eps, module.LayerNorm.eps = module.LayerNorm.eps, 1.0
-    assert not plain.serves(None, None)
-    module.LayerNorm.eps = eps
+    module.LayerNorm.eps = exact.LayerNorm.eps = 1.0
+    assert plain.serves(None, None)
+    theirs, right = module(ids, types), exact(ids, types)
+    assert_close_to_exact(plain(ids, None, types).hidden, theirs.flatten(0, 1), right.flatten(0, 1))
     module.word_embeddings = torch.nn.Sequential(module.word_embeddings)
     assert not plain.serves(None, None)

@@ -157,6 +157,7 @@ inline void run_together(const ConditionalEncoderParams& p, const Team& team, Pa
     float* scratch = thread_scratch(floats);
     reserve_pairs(p, larger(larger(kGatherRows, kFewRows), block_rows(p.hidden_size, p.intermediate_size)));
     Member member(team);
+    if (p.fill != nullptr) member.share_out(p.capacity, *p.fill);
     const int32_t* before = nullptr;  // rows of the last layer, where run_by_columns has left them behind
     int64_t count = 0;
     for (int64_t index = 0; index < p.layers; ++index) {

@@ -1,4 +1,4 @@
-#include "kernels/conditional_encoder_layer.h"
+#include "ops/cpu/conditional_encoder_layer.h"
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -8,7 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/encoder/checks.h"
 #include "ops/conditional_encoder_layer.h"
 #include "ops/cpu/encoder_phases.h"
 #include "ops/cpu/parallel.h"
@@ -34,54 +33,65 @@ at::Tensor conditional_encoder_cpu(const EncoderCall& call) {
                                                 .samples = call.samples()},
                                                problem);
   TORCH_CHECK_VALUE(most >= 0, op, ": expected ", problem);
-  std::vector<at::Tensor> blobs;
-  std::vector<std::pair<const void*, int64_t>> checked;
-  std::vector<const void*> packed;
-  // One short text finds none of the headers in cache: all are asked for before the first is looked at.
-  for (const at::Tensor& blob : call.packed_weights) __builtin_prefetch(blob.const_data_ptr());
-  for (const at::Tensor& blob : call.packed_weights) {
-    blobs.push_back(blob.contiguous());
-    packed.push_back(blobs.back().const_data_ptr());
-    checked.emplace_back(packed.back(), blob.numel());
-  }
-  const auto shape = kernels::check_all_packed(checked, call.width(), problem);
-  TORCH_CHECK_VALUE(shape, op, ": expected ", problem);
-  const int64_t intermediate = shape->intermediate_size;
-  const bool int8 = shape->type == kernels::WeightType::int8;
+  const PackedStack weights = read_packed(op, call.packed_weights, call.width());
 
   const at::Tensor dense = hidden.contiguous();
   at::Tensor out = at::empty(hidden.sizes(), hidden.options());
   if (dense.nbytes() > 0) std::memcpy(out.mutable_data_ptr(), dense.const_data_ptr(), dense.nbytes());
   if (most == 0) return out;
-  const int64_t floats = int8 ? kernels::reduced_workspace_floats(most, call.width(), intermediate)
-                              : kernels::encoder_workspace_floats(most, call.width(), intermediate);
-  const at::Tensor workspace = at::empty({floats}, hidden.options().dtype(at::kFloat));
-  const kernels::ConditionalEncoderParams params = {
-      .hidden = out.mutable_data_ptr(),
-      .row_type = hidden.scalar_type() == at::kFloat ? kernels::RowType::float32 : kernels::RowType::bfloat16,
-      .rows = rows,
-      .cu_seqlens = cu_seqlens,
-      .counts = counts,
-      .packed = packed.data(),
-      .layers = call.layers(),
-      .capacity = call.capacity(),
-      .samples = call.samples(),
-      .hidden_size = call.width(),
-      .intermediate_size = intermediate,
-      .heads = call.num_heads,
-      .activation = call.activation,
-      .eps = call.eps,
-      .workers = at::get_num_threads(),
-      .workspace = workspace.mutable_data_ptr<float>(),
-      .phases = encoder_phase_times()};
-  if (int8)
-    kernels::reduced_encoder(params, torch_int8_product(), at_parallel);
-  else
-    kernels::conditional_encoder(params, at_parallel);
+  run_encoder({.hidden = out.mutable_data_ptr(),
+               .row_type = hidden.scalar_type() == at::kFloat ? kernels::RowType::float32
+                                                              : kernels::RowType::bfloat16,
+               .rows = rows,
+               .cu_seqlens = cu_seqlens,
+               .counts = counts,
+               .layers = call.layers(),
+               .capacity = call.capacity(),
+               .samples = call.samples(),
+               .hidden_size = call.width(),
+               .heads = call.num_heads,
+               .activation = call.activation,
+               .eps = call.eps},
+              weights, most);
   return out;
 }
 
 }  // namespace
+
+PackedStack read_packed(const char* op, at::TensorList packed_weights, int64_t width) {
+  PackedStack stack;
+  std::vector<std::pair<const void*, int64_t>> checked;
+  // One short text finds none of the headers in cache: all are asked for before the first is looked at.
+  for (const at::Tensor& blob : packed_weights) __builtin_prefetch(blob.const_data_ptr());
+  for (const at::Tensor& blob : packed_weights) {
+    const bool is_dense = blob.is_contiguous();
+    if (!is_dense) stack.dense.push_back(blob.contiguous());
+    stack.blobs.push_back((is_dense ? blob : stack.dense.back()).const_data_ptr());
+    checked.emplace_back(stack.blobs.back(), blob.numel());
+  }
+  std::string problem;
+  const auto shape = kernels::check_all_packed(checked, width, problem);
+  TORCH_CHECK_VALUE(shape, op, ": expected ", problem);
+  stack.shape = *shape;
+  return stack;
+}
+
+void run_encoder(kernels::ConditionalEncoderParams p, const PackedStack& weights, int64_t most) {
+  const int64_t intermediate = weights.shape.intermediate_size;
+  const bool int8 = weights.shape.type == kernels::WeightType::int8;
+  const int64_t floats = int8 ? kernels::reduced_workspace_floats(most, p.hidden_size, intermediate)
+                              : kernels::encoder_workspace_floats(most, p.hidden_size, intermediate);
+  const at::Tensor workspace = at::empty({floats}, at::TensorOptions().dtype(at::kFloat));
+  p.packed = weights.blobs.data();
+  p.intermediate_size = intermediate;
+  p.workers = at::get_num_threads();
+  p.workspace = workspace.mutable_data_ptr<float>();
+  p.phases = encoder_phase_times();
+  if (int8)
+    kernels::reduced_encoder(p, torch_int8_product(), at_parallel);
+  else
+    kernels::conditional_encoder(p, at_parallel);
+}
 
 TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
   m.impl("conditional_encoder_layer", &conditional_encoder_layer<conditional_encoder_cpu>);
