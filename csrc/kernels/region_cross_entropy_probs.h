@@ -5,11 +5,12 @@
 //   d value / d x_p[c] = t_pc (sum_j t_pj h_pj - h_pc)
 //
 // Without label smoothing u_qc is 0 but for the label's class, which all pixels that agree with an anchor
-// share: one number per pixel is pooled, the probability of its own label. With it every class is, and the
-// planes of logits become planes of probabilities as they are loaded.
+// share: one number per pixel is pooled, the probability of its own label. With it every class is.
 //
-// Probabilities are floored at the smallest normal number: a window of hopeless pixels stays finite, and its
-// gradient is that of cross-entropy.
+// Planes of logits become planes of probabilities as they are loaded, by the backward once more: exp(x - lse)
+// from the forward's logsumexp would lose the digits that x and lse have in common. Probabilities are floored
+// at the smallest normal number: a window of hopeless pixels stays finite, and its gradient is that of
+// cross-entropy.
 #pragma once
 
 #include "kernels/region_cross_entropy_backward.h"
@@ -21,7 +22,7 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 template <class T>
 inline constexpr T kProbabilityScale = T(0x1p40);
 
-// Labels, and logits or probabilities, of a march.
+// Labels and probabilities of a march.
 template <class T>
 struct ProbabilityPlanes {
   using S = Simd<T>;
@@ -30,94 +31,61 @@ struct ProbabilityPlanes {
   using Int = typename S::Int;
 
   const bool smoothed;
-  Planes<T> planes;  // smoothed: of t instead of logits
+  Planes<T> planes;  // `logits` holds t
   Scratch<T> memory;
-  Ring<T> own_probability;  // t of the pixel's own label; not when smoothed
-  T* lse;                   // logsumexp(x_p) of all pixels, (N, D, H, W)
+  Ring<T> own;  // t of the pixel's own label; not when smoothed
 
-  ProbabilityPlanes(const RegionCrossEntropyParams& params, void* state_lse)
-      : smoothed(params.label_smoothing > 0), planes(params), lse(static_cast<T*>(state_lse)) {}
+  explicit ProbabilityPlanes(const RegionCrossEntropyParams& params)
+      : smoothed(params.label_smoothing > 0), planes(params) {}
 
+  const Ring<T>& all() const { return planes.logits; }
+  const Ring<T>& pooled() const { return smoothed ? planes.logits : own; }
   int64_t channels() const { return smoothed ? planes.p.classes : 1; }
-  const Ring<T>& pooled() const { return smoothed ? planes.logits : own_probability; }
 
   void reset(const Box& box, int halo, int64_t label_planes, int64_t logit_planes) {
     planes.reset(box, halo, label_planes, logit_planes);
-    if (!smoothed) own_probability.reset(memory, planes.logits.box, 1, logit_planes);
+    if (!smoothed) own.reset(memory, planes.logits.box, 1, logit_planes);
   }
 
-  T* lse_at(int64_t n, int64_t d, int64_t h, int64_t w) const {
-    const int64_t* size = planes.p.size;
-    return lse + ((n * size[0] + d) * size[1] + h) * size[2] + w;
-  }
-
-  // Loads plane d and makes its t. Inside `write`, where it is given, logsumexps go to the state.
-  void load(int64_t n, int64_t d, const Box* write) {
+  // Loads plane d. Logsumexps of the pixels of `write`, where it is given, go to the map `lse` (N, D, H, W).
+  void load(int64_t n, int64_t d, const Box* write = nullptr, T* lse = nullptr) {
     const RegionCrossEntropyParams& p = planes.p;
     planes.load(n, d);
     if (d < 0 || d >= p.size[0]) return;
     const Box& box = planes.logits.box;
     const int64_t begin = larger(0, box.begin[2]), end = smaller(p.size[2], box.end[2]);
-    for (int64_t h = larger(0, box.begin[1]); h < smaller(p.size[1], box.end[1]); ++h)
+    for (int64_t h = larger(0, box.begin[1]); h < smaller(p.size[1], box.end[1]); ++h) {
+      const int64_t row = ((n * p.size[0] + d) * p.size[1] + h) * p.size[2];
+      const bool written =
+          write && d >= write->begin[0] && d < write->end[0] && h >= write->begin[1] && h < write->end[1];
       for (int64_t w = begin; w < end; w += S::lanes) {
-        T* logits = planes.logits.at(d, h, w);
-        V logsumexp{};
-        if (smoothed)
-          logsumexp = to_softmax(logits);
-        else if (write)
-          logsumexp = log_sum_exp(logits);
-        else
-          std::memcpy(&logsumexp, lse_at(n, d, h, w), smaller(S::lanes, end - w) * sizeof(T));
-        const bool inside =
-            write && d >= write->begin[0] && d < write->end[0] && h >= write->begin[1] && h < write->end[1];
-        for (int lane = 0; inside && lane < S::lanes; ++lane)
-          if (w + lane >= write->begin[2] && w + lane < write->end[2])
-            *lse_at(n, d, h, w + lane) = logsumexp[lane];
-        if (!smoothed) load_own(d, h, w, logits, logsumexp);
+        const V logsumexp = to_softmax(d, h, w);
+        for (int lane = 0; written && lane < S::lanes; ++lane)
+          if (w + lane >= write->begin[2] && w + lane < write->end[2]) lse[row + w + lane] = logsumexp[lane];
       }
+    }
   }
 
  private:
-  static V floored(V probability) { return S::at_least(probability, std::numeric_limits<T>::min()); }
-
-  void load_own(int64_t d, int64_t h, int64_t w, const T* logits, V logsumexp) {
-    const M own = S::load(planes.labels.at(d, h, w));
-    V label_logit{};
-    for (int64_t c = 0; c < planes.p.classes; ++c)
-      label_logit =
-          own == static_cast<Int>(c) ? S::load(logits + c * planes.logits.class_stride) : label_logit;
-    const V t = floored(S::exp(label_logit - logsumexp));
-    S::store(own_probability.at(d, h, w), S::masked(own >= 0, t));
-  }
-
-  V top_of(const T* logits) const {
-    V top = S::fill(-std::numeric_limits<T>::infinity());
-    for (int64_t c = 0; c < planes.p.classes; ++c)
-      top = S::max(S::load(logits + c * planes.logits.class_stride), top);
-    return top;
-  }
-
-  V log_sum_exp(const T* logits) const {
-    const V top = top_of(logits);
-    V sum{};
-    for (int64_t c = 0; c < planes.p.classes; ++c)
-      sum += S::exp(S::load(logits + c * planes.logits.class_stride) - top);
-    return top + S::log(sum);
-  }
-
-  // In place; returns logsumexp.
-  V to_softmax(T* logits) const {
-    const int64_t stride = planes.logits.class_stride;
-    const V top = top_of(logits);
-    V sum{};
-    for (int64_t c = 0; c < planes.p.classes; ++c) {
-      const V term = S::exp(S::load(logits + c * stride) - top);
-      S::store(logits + c * stride, term);
+  // A vector of pixels, in place; returns their logsumexp.
+  V to_softmax(int64_t d, int64_t h, int64_t w) {
+    const int64_t classes = planes.p.classes, stride = planes.logits.class_stride;
+    T* at = planes.logits.at(d, h, w);
+    V top = S::fill(-std::numeric_limits<T>::infinity()), sum{}, label_t{};
+    for (int64_t c = 0; c < classes; ++c) top = S::max(S::load(at + c * stride), top);
+    for (int64_t c = 0; c < classes; ++c) {
+      const V term = S::exp(S::load(at + c * stride) - top);
+      S::store(at + c * stride, term);
       sum += term;
     }
+    const M label = S::load(planes.labels.at(d, h, w));
     const V scale = 1 / sum;
-    for (int64_t c = 0; c < planes.p.classes; ++c)
-      S::store(logits + c * stride, floored(S::load(logits + c * stride) * scale));
+    for (int64_t c = 0; c < classes; ++c) {
+      const V t = S::at_least(S::load(at + c * stride) * scale, std::numeric_limits<T>::min());
+      S::store(at + c * stride, t);
+      label_t = label == static_cast<Int>(c) ? t : label_t;
+    }
+    if (!smoothed) S::store(own.at(d, h, w), label_t);
     return top + S::log(sum);
   }
 };
@@ -144,8 +112,9 @@ class RegionProbsForward {
   RegionProbsForward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state)
       : p_(params),
         strip_(Pool<T>::strip(params)),
+        lse_(static_cast<T*>(state.lse)),
         out_(params, state),
-        planes_(params, state.lse),
+        planes_(params),
         pool_(params, planes_.planes.labels, planes_.pooled(), planes_.channels()),
         merged_(planes_.channels()) {}
 
@@ -159,7 +128,7 @@ class RegionProbsForward {
     planes_.reset(box, 1, planes, planes);
     out_.reset(box);
     march_forward(
-        p_, box, strip_, [&](int64_t d) { planes_.load(n, d, &box); },
+        p_, box, strip_, [&](int64_t d) { planes_.load(n, d, &box, lse_); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
     return total;
   }
@@ -195,6 +164,7 @@ class RegionProbsForward {
 
   const RegionCrossEntropyParams& p_;
   int64_t strip_;
+  T* lse_;
   LossRows<T> out_;
   ProbabilityPlanes<T> planes_;
   Pool<T> pool_;
@@ -215,7 +185,7 @@ class RegionProbsBackward {
         strip_(Pool<T>::strip(params)),
         weights_(params),
         slopes_(params, state, grad),
-        planes_(params, state.lse),
+        planes_(params),
         merge_(params, planes_.planes.labels, planes_.pooled(), planes_.channels()),
         gather_(params, planes_.planes.labels, anchors_, planes_.channels()),
         merged_(planes_.channels()) {}
@@ -232,9 +202,9 @@ class RegionProbsBackward {
     slopes_.reset(anchors_.box);
     row_.reset(row_memory_, box.row(), p_.classes, 1);
     march_backward(
-        p_, box, strip_, [&](int64_t d) { planes_.load(n, d, nullptr); },
+        p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { anchor_rows(n, d, h, count, box); },
-        [&](int64_t d, int64_t h, int64_t count) { gather_rows(n, d, h, count, box, store); });
+        [&](int64_t d, int64_t h, int64_t count) { gather_rows(d, h, count, box, store); });
   }
 
  private:
@@ -258,7 +228,7 @@ class RegionProbsBackward {
   }
 
   template <class Store>
-  void gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, Store store) {
+  void gather_rows(int64_t d, int64_t h, int64_t count, const Box& box, Store store) {
     gather_.aim(d, h, count, /*anchors=*/true);
     // Tiles of all rows first, into sums that the rows then use one by one.
     gathered_.reset(gathered_memory_, box.row(), planes_.channels(), kRegionStrip);
@@ -274,30 +244,27 @@ class RegionProbsBackward {
         if (planes_.smoothed)
           smoothed_gradient(d + i, h, box.begin[2] + x, gathered + x, row_.data + x);
         else
-          gradient(n, d + i, h, box.begin[2] + x, box.end[2], gathered + x, row_.data + x);
+          gradient(d + i, h, box.begin[2] + x, gathered + x, row_.data + x);
       store(d + i, h, row_.data, row_.class_stride);
     }
   }
 
   // Of a vector of pixels from (d, h, w) on, whose h_p of the label's class is gathered: the other classes'
   // are 0.
-  DYNPLAN_INLINE void gradient(int64_t n, int64_t d, int64_t h, int64_t w, int64_t end, const T* gathered,
-                               T* out) const {
-    const Ring<T>& logits = planes_.planes.logits;
+  DYNPLAN_INLINE void gradient(int64_t d, int64_t h, int64_t w, const T* gathered, T* out) const {
+    const Ring<T>& t = planes_.all();
     const M own = S::load(planes_.planes.labels.at(d, h, w));
-    const V r = S::load(gathered) * (S::load(planes_.own_probability.at(d, h, w)) * kProbabilityScale<T>);
-    V lse{};
-    std::memcpy(&lse, planes_.lse_at(n, d, h, w), smaller(S::lanes, end - w) * sizeof(T));
-    const T* from = logits.at(d, h, w);
+    const V r = S::load(gathered) * (S::load(planes_.own.at(d, h, w)) * kProbabilityScale<T>);
+    const T* from = t.at(d, h, w);
     for (int64_t c = 0; c < p_.classes; ++c) {
-      const V softmax = S::exp(S::load(from + c * logits.class_stride) - lse);
       const V one = S::masked(own == static_cast<Int>(c), S::fill(1));
-      S::store(out + c * row_.class_stride, S::masked(own >= 0, r * (softmax - one)));
+      const V g = r * (S::load(from + c * t.class_stride) - one);
+      S::store(out + c * row_.class_stride, S::masked(own >= 0, g));
     }
   }
 
   DYNPLAN_INLINE void smoothed_gradient(int64_t d, int64_t h, int64_t w, const T* gathered, T* out) const {
-    const Ring<T>& t = planes_.planes.logits;
+    const Ring<T>& t = planes_.all();
     const M valid = S::load(planes_.planes.labels.at(d, h, w)) >= 0;
     const T* from = t.at(d, h, w);
     V sum{};

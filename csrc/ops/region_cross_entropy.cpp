@@ -107,7 +107,7 @@ void check_scalars(const char* op, const RegionOptions& o, int64_t axes) {
                       ": expected spacing to be positive, got ", o.spacing[axis]);
   }
   TORCH_CHECK_VALUE(o.sigma > 0, op, ": expected sigma to be positive, got ", o.sigma);
-  TORCH_CHECK_VALUE(o.p >= 1 && std::isfinite(o.p), op, ": expected p to be at least 1, got ", o.p);
+  TORCH_CHECK_VALUE(o.p >= 1 && std::isfinite(o.p), op, ": expected p to be finite and at least 1, got ", o.p);
   TORCH_CHECK_VALUE(o.label_smoothing >= 0 && o.label_smoothing <= 1, op,
                     ": expected label_smoothing to be in 0..1, got ", o.label_smoothing);
   TORCH_CHECK_VALUE(o.ignore_index.size() <= kernels::kRegionMaxIgnored, op,

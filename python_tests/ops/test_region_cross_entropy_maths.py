@@ -40,6 +40,18 @@ def test_error_is_at_most_twice_that_of_the_eager_form(dtype, options):
     )
 
 
+@merges
+@pytest.mark.parametrize("common", [30.0, 1000.0])
+def test_what_all_classes_share_costs_no_more_digits_than_eagerly(merge, common):
+    input, target = case(24, 40, classes=9, dtype=torch.float32)
+    input = input + common
+    value, gradient = value_and_grad(region_cross_entropy, input, target, **merge)
+    exact, exact_gradient = value_and_grad(reference.region_cross_entropy, input.double(), target, **merge)
+    eager, eager_gradient = value_and_grad(reference.region_cross_entropy, input, target, **merge)
+    assert_close_to_exact(value, eager, exact, atol=2e-6)
+    assert_close_to_exact(gradient, eager_gradient, exact_gradient, atol=2e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_values_survive_the_trip(dtype):
     # Every finite number of the type, through load and store: K = 1 and p = 1 on two classes.

@@ -235,7 +235,7 @@ ERRORS = {
     "stride": (ValueError, "expected stride to be at least 1, got 0", {"stride": 0}),
     "spacing": (ValueError, "expected spacing to be positive, got -1", {"spacing": -1.0}),
     "sigma": (ValueError, "expected sigma to be positive, got 0", {"sigma": 0.0}),
-    "p": (ValueError, "expected p to be at least 1, got 0.5", {"p": 0.5}),
+    "p": (ValueError, "expected p to be finite and at least 1, got 0.5", {"p": 0.5}),
     "merge": (ValueError, "expected merge to be 'logits' or 'probs', got 'sum'", {"merge": "sum"}),
     "normalize": (ValueError, "expected normalize to be 'weight' or 'count', got 'none'",
                   {"normalize": "none"}),
