@@ -21,6 +21,7 @@ OPTIONS = [
     {"kernel_size": 5, "stride": 2},
     {"kernel_size": (3, 9), "sigma": 2.0},
     {"kernel_size": 5, "merge": "probs"},
+    {"kernel_size": 5, "merge": "probs", "label_smoothing": 0.1, "stride": 2},
 ]
 
 
