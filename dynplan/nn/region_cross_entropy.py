@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dynplan.ops import region_cross_entropy, region_cross_entropy_upsampled
+from dynplan.ops import (
+    RegionStats,
+    region_cross_entropy,
+    region_cross_entropy_stats,
+    region_cross_entropy_upsampled,
+)
 
 
 class RegionCrossEntropyLoss(nn.Module):
@@ -68,6 +73,13 @@ class RegionCrossEntropyLoss(nn.Module):
         if self.align_corners is None:
             return region_cross_entropy(input, target, weight=self.weight, **self.options)
         return region_cross_entropy_upsampled(
+            input, target, weight=self.weight, align_corners=self.align_corners, **self.options
+        )
+
+    def stats(self, input: Tensor, target: Tensor) -> RegionStats:
+        """The loss and, from the same pass, its diagnostics; see
+        :func:`dynplan.ops.region_cross_entropy_stats`."""
+        return region_cross_entropy_stats(
             input, target, weight=self.weight, align_corners=self.align_corners, **self.options
         )
 

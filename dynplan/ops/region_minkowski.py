@@ -75,7 +75,7 @@ class MinkowskiAccumulator:
     def __init__(self, p: float, process_group=None) -> None:
         self.p = p
         self.process_group = process_group
-        self._reference: Tensor | None = None
+        self._reference: Tensor | None = None  # loss and normaliser that the sums are relative to
         self._sums: Tensor | None = None
 
     @property
@@ -92,15 +92,16 @@ class MinkowskiAccumulator:
         """
         local, normalizer = loss.detach().double(), normalizer.detach().double()
         if not self.started:
-            # Any common scale will do as long as it is the same on every rank; the first loss keeps powers
-            # near 1.
-            self._reference = torch.where(local > 0, local, 1)
+            # Any common scale will do as long as it is the same on every rank. The first micro-batch's keeps
+            # powers near 1 and gradients, of logits in 16 bits too, at the size they have by themselves.
+            first = torch.stack([local, normalizer])
+            self._reference = torch.where(first > 0, first, 1)
             if self.process_group is not None:
                 dist.all_reduce(self._reference, dist.ReduceOp.MAX, self.process_group)
             self._sums = torch.zeros(2, dtype=torch.float64, device=loss.device)
-        ratio = local / self._reference
-        self._sums += torch.stack([normalizer * ratio**self.p, normalizer])
-        return _with_slope(loss, loss.detach(), normalizer * ratio ** (self.p - 1))
+        ratio, share = local / self._reference[0], normalizer / self._reference[1]
+        self._sums += torch.stack([share * ratio**self.p, share])
+        return _with_slope(loss, loss.detach(), share * ratio ** (self.p - 1))
 
     def finish(self, parameters: Iterable[Tensor]) -> Tensor:
         """Scales the gradients of ``parameters`` and returns the () mean over everything added; starts
@@ -112,9 +113,10 @@ class MinkowskiAccumulator:
             ranks = dist.get_world_size(self.process_group)
             dist.all_reduce(self._sums, dist.ReduceOp.SUM, self.process_group)
         total = torch.where(self._sums[1] > 0, self._sums[1], 1)
-        mean = self._reference * (self._sums[0] / total) ** (1 / self.p)
-        positive = torch.where(mean > 0, mean, self._reference)
-        factor = ranks / total * (self._reference / positive) ** (self.p - 1)
+        reference = self._reference[0]
+        mean = reference * (self._sums[0] / total) ** (1 / self.p)
+        positive = torch.where(mean > 0, mean, reference)
+        factor = ranks / total * (reference / positive) ** (self.p - 1)
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad))

@@ -20,6 +20,8 @@ def test_module_is_the_function():
     loss = RegionCrossEntropyLoss(weight=[1.0, 2.0, 3.0], **options)
     expected = region_cross_entropy(INPUT, TARGET, weight=torch.tensor([1.0, 2.0, 3.0]), **options)
     assert torch.equal(loss(INPUT, TARGET), expected)
+    stats = loss.stats(INPUT, TARGET)
+    assert torch.equal(stats.loss, expected) and stats.agreement.shape == stats.losses.shape == (2, 5, 6)
     assert loss.state_dict() == {} and "p=2.0" in repr(loss) and "weighted" in repr(loss)
     tenths = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)  # keep their digits
     exact = region_cross_entropy(INPUT.double(), TARGET, weight=tenths)
@@ -31,7 +33,8 @@ def test_module_is_the_function():
 def test_module_with_low_resolution_logits():
     low = INPUT[:, :, ::2, ::2]
     expected = region_cross_entropy_upsampled(low, TARGET, align_corners=True)
-    assert torch.equal(RegionCrossEntropyLoss(align_corners=True)(low, TARGET), expected)
+    loss = RegionCrossEntropyLoss(align_corners=True)
+    assert torch.equal(loss(low, TARGET), expected) and torch.equal(loss.stats(low, TARGET).loss, expected)
     with pytest.raises(ValueError, match="expected target to have shape"):
         RegionCrossEntropyLoss()(low, TARGET)
 

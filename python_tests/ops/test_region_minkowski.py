@@ -43,6 +43,18 @@ def test_accumulated_micro_batches_equal_one_batch(p, weighted):
     torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
 
 
+def test_accumulated_gradients_of_fp16_logits_fit():
+    # At the weight of a micro-batch's 4,800 anchors instead of 1, a loss scale of 2^16 would overflow them.
+    input, target = case(60, 80, dtype=torch.float16)
+    input.requires_grad_()
+    accumulator = MinkowskiAccumulator(p=5.0)
+    for _ in range(2):
+        stats = region_cross_entropy_stats(input, target)
+        (2.0**16 * accumulator.add(stats.loss, stats.normalizer)).backward()
+    accumulator.finish([input])
+    assert input.grad.isfinite().all() and input.grad.abs().max() > 0
+
+
 def test_accumulator_with_nothing_valid():
     input, target, model = problem()
     accumulator = MinkowskiAccumulator(5.0)
