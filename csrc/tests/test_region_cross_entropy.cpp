@@ -104,7 +104,7 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
   std::vector<T> again(gradient.size(), poison);
   grad.grad_input = again.data();
   kernels.backward(params, state, grad, serial);
-  EXPECT(std::memcmp(again.data(), gradient.data(), gradient.size() * sizeof(T)) == 0);
+  EXPECT(gradient.empty() || std::memcmp(again.data(), gradient.data(), gradient.size() * sizeof(T)) == 0);
 
   // Both at once, up to a factor.
   std::vector<T> both(gradient.size(), poison);
