@@ -18,7 +18,8 @@ class RegionLoss(nn.Module):
 
     Shape:
         input (N, C, *spatial) logits; target (N, 1, *spatial) or (N, *spatial) labels, floating as MONAI's
-        transforms leave them or integer, or one-hot (N, C, *spatial) with C > 1.
+        transforms leave them or integer, or one-hot (N, C, *spatial) with C > 1. With one channel the loss is
+        that of the logits (0, ``input``) and labels are 0 and 1.
     """
 
     def __init__(
@@ -33,4 +34,6 @@ class RegionLoss(nn.Module):
             target = target.argmax(1) if target.shape[1] > 1 else target.squeeze(1)
         if target.is_floating_point() or target.dtype == torch.bool:
             target = target.long()  # integers of any width are read as they are
+        if input.shape[1] == 1:
+            input = torch.cat([torch.zeros_like(input), input], dim=1)
         return self.loss(input, target)

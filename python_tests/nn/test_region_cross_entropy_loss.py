@@ -64,6 +64,9 @@ def test_monai():
         foreground = monai.RegionLoss(include_background=False, ignore_index=ignored)
         for labels in (TARGET, TARGET.to(torch.uint8), TARGET.float()):
             assert torch.equal(foreground(INPUT, labels[:, None]), expected)
+    binary, truth = monai.RegionLoss(kernel_size=1, p=1.0), (TARGET > 0).float()[:, None]
+    expected = F.binary_cross_entropy_with_logits(INPUT[:, :1], truth)
+    torch.testing.assert_close(binary(INPUT[:, :1], truth), expected)
     volume = torch.randn(1, 2, 4, 5, 6)
     assert monai.RegionLoss(spacing=(3.0, 1.0, 1.0))(volume, torch.zeros(1, 1, 4, 5, 6)).isfinite()
 
