@@ -87,8 +87,10 @@ class WholeForward:
                 facts.packed,
                 *facts.shape,
                 self.reads_first,
+                facts.watch,
             )
         except (IndexError, RuntimeError, TypeError, ValueError):
+            self._facts = None  # perhaps weights have changed
             return None
         controller.note_plan((input_ids.shape[0], len(facts.packed)) if keep is None else keep)
         return hidden
@@ -96,10 +98,11 @@ class WholeForward:
     def _look(self, plain: PlainEmbeddings) -> _Facts | None:
         encoder = self.controller.encoder
         stack, places = encoder.stack, plain.places()
-        if stack is None or places is None or not stack.holds():
+        if stack is None or places is None:
             return None
         facts = _Facts(self.encoder, encoder, plain)
-        return facts if facts.hold() else None
+        # In this order: what another thread writes meanwhile is seen now, or later by the watch.
+        return facts if facts.hold() and stack.holds() else None
 
     def __getstate__(self) -> dict:
         # Copies and pickles look at their own modules.
@@ -170,11 +173,8 @@ class _Facts:
         self._count = len(self._layers)
         self._entries = places.watch()
         self._watch = torch.classes.dynplan.WeightWatch([*tables, *stack.tensors])
+        self.watch = self._watch.number()
 
     def hold(self) -> bool:
-        return (
-            self._settled
-            and len(self._layers) == self._count
-            and self._entries.same()
-            and self._watch.unchanged()
-        )
+        """Whether all is as it was but for the contents of tensors: for those the op asks ``watch``."""
+        return self._settled and len(self._layers) == self._count and self._entries.same()
