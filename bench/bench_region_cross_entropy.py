@@ -34,6 +34,7 @@ SHAPES = {
     "ade": (16, 150, 512, 512),
     "volume": (2, 32, 128, 128, 128),
 }
+DEFAULTS = {"merge": "logits", "label_smoothing": 0.0}
 LARGEST_UNFOLD = 4 << 30  # bytes of its buffer
 # Most of cross_entropy's time that a kernel size may take: fp32, two threads, voc-2, labels smooth or scene.
 BARS = {"dynplan 3": 0.60, "dynplan 5": 0.75, "dynplan 7": 1.10}
@@ -86,23 +87,26 @@ def peak_bytes(step, device: str) -> int:
     return peak
 
 
-def rivals(input: Tensor, target: Tensor, kernels: list[int], compiled: bool, fast: bool) -> dict:
+def rivals(input: Tensor, target: Tensor, options: dict, arguments) -> dict:
     """Name to loss; ``cross_entropy`` comes first and is what ratios are to."""
-    losses = {"cross_entropy": lambda: F.cross_entropy(input, target)}
-    for k in kernels:
-        losses[f"dynplan {k}"] = lambda k=k: region_cross_entropy(input, target, kernel_size=k)
-        if fast:
+    smoothing = options["label_smoothing"]
+    losses = {"cross_entropy": lambda: F.cross_entropy(input, target, label_smoothing=smoothing)}
+    for k in arguments.kernel:
+        each = options | {"kernel_size": k}
+        losses[f"dynplan {k}"] = lambda each=each: region_cross_entropy(input, target, **each)
+        if arguments.fast:
             continue
-        losses[f"shift {k}"] = lambda k=k: reference.region_cross_entropy(input, target, kernel_size=k)
-        if input.dim() == 4 and input.numel() * input.element_size() * k * k <= LARGEST_UNFOLD:
+        losses[f"shift {k}"] = lambda each=each: reference.region_cross_entropy(input, target, **each)
+        fits = input.dim() == 4 and input.numel() * input.element_size() * k * k <= LARGEST_UNFOLD
+        if fits and options == DEFAULTS:
             losses[f"unfold {k}"] = lambda k=k: unfold_form(input, target, k)
-        if compiled:
+        if arguments.compile:
             form = torch.compile(reference.region_cross_entropy)
-            losses[f"compiled shift {k}"] = lambda k=k, form=form: form(input, target, kernel_size=k)
+            losses[f"compiled shift {k}"] = lambda each=each, form=form: form(input, target, **each)
     return losses
 
 
-def check(losses: dict, input: Tensor, target: Tensor) -> None:
+def check(losses: dict, input: Tensor, target: Tensor, options: dict) -> None:
     """Every windowed loss equals the reference in fp64, within what its dtype can hold."""
     exact = {}
     for name, loss in losses.items():
@@ -110,7 +114,8 @@ def check(losses: dict, input: Tensor, target: Tensor) -> None:
             continue
         k = int(name.split()[-1])
         if k not in exact:
-            exact[k] = reference.region_cross_entropy(input.detach().double(), target, kernel_size=k).item()
+            double = input.detach().double()
+            exact[k] = reference.region_cross_entropy(double, target, kernel_size=k, **options).item()
         tolerance = 1e-4 if input.dtype == torch.float32 else 3e-2
         value = loss().item()
         assert math.isclose(value, exact[k], rel_tol=tolerance), f"{name}: {value}, expected {exact[k]}"
@@ -122,9 +127,10 @@ def bench(shape: str, label_kind: str, arguments) -> list[dict]:
     torch.manual_seed(0)
     input = (2 * torch.randn(SHAPES[shape], device=device)).to(dtype).requires_grad_()
     target = labels(label_kind, SHAPES[shape], device)
-    losses = rivals(input, target, arguments.kernel, arguments.compile, arguments.fast)
+    options = {"merge": arguments.merge, "label_smoothing": arguments.label_smoothing}
+    losses = rivals(input, target, options, arguments)
     if not arguments.unchecked:
-        check(losses, input, target)
+        check(losses, input, target, options)
 
     def step(loss):
         return lambda: torch.autograd.grad(loss(), input)
@@ -136,9 +142,11 @@ def bench(shape: str, label_kind: str, arguments) -> list[dict]:
     table = Table(
         "loss", "p20 ms", "p50 ms", "p80 ms", "of cross_entropy", "bar", "GB/s of floor", "extra MB",
         "B/pixel",
-        title=f"{shape} {SHAPES[shape]} {arguments.dtype}, {label_kind}, {torch.get_num_threads()} threads",
+        title=f"{shape} {SHAPES[shape]} {arguments.dtype}, {label_kind}, merge {arguments.merge}, "
+        f"label smoothing {arguments.label_smoothing:g}, {torch.get_num_threads()} threads",
     )  # fmt: skip
     barred = shape == "voc-2" and label_kind != "noise" and dtype == torch.float32 and device == "cpu"
+    barred = barred and options == DEFAULTS
     bars = {name: f"{bar:.2f}" for name, bar in BARS.items()} if barred else {}
     rows = []
     for name, timing in timings.items():
@@ -149,9 +157,8 @@ def bench(shape: str, label_kind: str, arguments) -> list[dict]:
             f"{floor / timing.p50 / 1e9:.1f}", f"{extra / 1e6:.1f}", f"{(extra - size) / pixels:.1f}",
         )  # fmt: skip
         row = {"op": "region_cross_entropy", "impl": name, "shape": shape, "labels": label_kind}
-        rows.append(
-            row | {"dtype": arguments.dtype, "extra_bytes": extra, "floor_bytes": floor} | timing._asdict()
-        )
+        row |= {"dtype": arguments.dtype, "extra_bytes": extra, "floor_bytes": floor}
+        rows.append(row | {n: v for n, v in options.items() if v != DEFAULTS[n]} | timing._asdict())
     console = Console()
     if not console.is_terminal:
         console.width = 130
@@ -168,6 +175,8 @@ def main() -> None:
         "--labels", nargs="+", choices=["scene", "smooth", "noise"], default=["smooth", "scene"]
     )
     parser.add_argument("--kernel", nargs="+", type=int, default=[3, 5, 7])
+    parser.add_argument("--merge", default="logits", choices=["logits", "probs"])
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
