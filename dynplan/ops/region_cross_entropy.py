@@ -104,7 +104,7 @@ def region_cross_entropy(
         pass and held until ``backward()``; use :func:`torch.no_grad` where none is wanted.
 
     Raises:
-        TypeError: ``input`` is not floating or ``target`` not integer.
+        TypeError: ``input`` is not floating, ``target`` not integer, or an option not a number.
         ValueError: shapes, devices or options that do not fit.
         IndexError: on CPU, a label neither in ``0..C-1`` nor ignored. On CUDA that is a device-side
             assertion, as in PyTorch's own losses.
