@@ -7,6 +7,7 @@
 // cache. The context overwrites the head's queries: no other (sequence, head) reads them.
 #pragma once
 
+#include "kernels/encoder/phases.h"
 #include "kernels/encoder/product.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
@@ -18,6 +19,7 @@ struct AttentionShape {
   int64_t heads;
   int64_t row_step;  // floats from one row of QKV to the next
   int64_t longest;   // rows of the longest sequence
+  PhaseTimes* phases = nullptr;
   int64_t depth() const { return hidden_size / heads; }
   int64_t padded_depth() const { return round_up(depth(), kPanel); }
 };
@@ -90,14 +92,17 @@ inline void attend(float* qkv, int64_t length, int64_t head, const AttentionShap
     v_panels = {value_rows, padded, kPanel};
   }
 
+  PhaseStretches scoring(s.phases, Phase::scores), mixing(s.phases, Phase::context);
   for_row_tiles(length, [&](int64_t row, int rows) {
     float best[kTileRows], total[kTileRows];
     for (int64_t begin = 0; begin < length; begin += kKeyBlock) {
       const int64_t count = length - begin < kKeyBlock ? length - begin : kKeyBlock;
       const int64_t columns = round_up(count, kPanel);
-      multiply(rows, depth, queries + row * s.row_step, s.row_step,
-               {key_panels + begin * depth, kPanel, depth * kPanel}, 0, columns / kPanel, {nullptr, 0},
-               scores, kScoreStep, kNoFinish);
+      scoring.run([&] {
+        multiply(rows, depth, queries + row * s.row_step, s.row_step,
+                 {key_panels + begin * depth, kPanel, depth * kPanel}, 0, columns / kPanel, {nullptr, 0},
+                 scores, kScoreStep, kNoFinish);
+      });
       for (int r = 0; r < rows; ++r) {
         float* line = scores + r * kScoreStep;
         for (int64_t c = count; c < columns; ++c) line[c] = kNothing;
@@ -114,9 +119,11 @@ inline void attend(float* qkv, int64_t length, int64_t head, const AttentionShap
         for (int64_t d = 0; d < padded; d += kLanes)
           store(context + r * padded + d, load(context + r * padded + d) * shrink);
       }
-      multiply(rows, count, scores, kScoreStep,
-               {v_panels.data + begin * v_panels.step, v_panels.step, v_panels.stride}, 0, padded / kPanel,
-               {begin == 0 ? nullptr : context, padded}, context, padded, kNoFinish);
+      mixing.run([&] {
+        multiply(rows, count, scores, kScoreStep,
+                 {v_panels.data + begin * v_panels.step, v_panels.step, v_panels.stride}, 0, padded / kPanel,
+                 {begin == 0 ? nullptr : context, padded}, context, padded, kNoFinish);
+      });
     }
     for (int r = 0; r < rows; ++r) {
       const float share = 1.f / total[r];

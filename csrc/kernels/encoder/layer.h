@@ -53,28 +53,49 @@ inline void scatter_row(const Layer& l, int64_t index, const float* row) {
   }
 }
 
-// x = (x - mean) / sqrt(variance + eps) * weight + bias over the first n, in place.
-inline void normalise_row(float* x, int64_t n, const float* weight, const float* bias, float eps) {
+// kRows rows, each x = (x - mean) / sqrt(variance + eps) * weight + bias over its first n, in place. What a
+// row comes to does not depend on those beside it: they fill the time in which its sums wait for one another.
+template <int kRows>
+void normalise_rows(float* x, int64_t step, int64_t n, const float* weight, const float* bias, float eps) {
   const int64_t whole = n / kLanes * kLanes;
-  Vec sums[2] = {};
-  for (int64_t i = 0; i < whole; i += kLanes) sums[i / kLanes % 2] += load(x + i);
-  float total = sum(sums[0] + sums[1]);
-  for (int64_t i = whole; i < n; ++i) total += x[i];
-  const float mean = total / static_cast<float>(n);
+  float mean[kRows], rstd[kRows];
+  // Over each row, of f(element): its sum over n.
+  const auto average = [&](float(&out)[kRows], auto f) {
+    Vec sums[kRows][2] = {};
+    for (int64_t i = 0; i < whole; i += kLanes)
+      for (int r = 0; r < kRows; ++r) sums[r][i / kLanes % 2] += f(r, load(x + r * step + i));
+    for (int r = 0; r < kRows; ++r) {
+      float total = sum(sums[r][0] + sums[r][1]);
+      for (int64_t i = whole; i < n; ++i) total += f(r, x[r * step + i]);
+      out[r] = total / static_cast<float>(n);
+    }
+  };
+  average(mean, [](int, auto value) { return value; });
+  average(rstd, [&](int r, auto value) { return (value - mean[r]) * (value - mean[r]); });
+  for (float& value : rstd) value = 1.f / __builtin_sqrtf(value + eps);
 
-  Vec squares[2] = {};
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    const Vec d = load(x + i) - mean;
-    squares[i / kLanes % 2] += d * d;
-  }
-  float variance = sum(squares[0] + squares[1]);
-  for (int64_t i = whole; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  variance /= static_cast<float>(n);
-
-  const float rstd = 1.f / __builtin_sqrtf(variance + eps);
   for (int64_t i = 0; i < whole; i += kLanes)
-    store(x + i, (load(x + i) - mean) * rstd * load(weight + i) + load(bias + i));
-  for (int64_t i = whole; i < n; ++i) x[i] = (x[i] - mean) * rstd * weight[i] + bias[i];
+    for (int r = 0; r < kRows; ++r)
+      store(x + r * step + i,
+            (load(x + r * step + i) - mean[r]) * rstd[r] * load(weight + i) + load(bias + i));
+  for (int64_t i = whole; i < n; ++i)
+    for (int r = 0; r < kRows; ++r)
+      x[r * step + i] = (x[r * step + i] - mean[r]) * rstd[r] * weight[i] + bias[i];
+}
+
+inline void normalise_row(float* x, int64_t n, const float* weight, const float* bias, float eps) {
+  normalise_rows<1>(x, 0, n, weight, bias, eps);
+}
+
+// Rows that are normed side by side.
+constexpr int kNormRows = 4;
+
+inline void normalise(float* x, int64_t step, int64_t rows, int64_t n, const float* weight, const float* bias,
+                      float eps) {
+  int64_t r = 0;
+  for (; r + kNormRows <= rows; r += kNormRows)
+    normalise_rows<kNormRows>(x + r * step, step, n, weight, bias, eps);
+  for (; r < rows; ++r) normalise_row(x + r * step, n, weight, bias, eps);
 }
 
 template <class F>
@@ -162,19 +183,19 @@ inline void contract(const Layer& l, int64_t rows, const Operand& up, const floa
 
 inline void first_norm(const Layer& l, int64_t rows, float* y) {
   const PhaseTimer timer(l.p.phases, Phase::norm1);
-  for (int64_t r = 0; r < rows; ++r)
-    normalise_row(y + r * l.row_step, l.p.hidden_size, l.weights + l.at.norm1_weight,
-                  l.weights + l.at.norm1_bias, l.p.eps);
+  normalise(y, l.row_step, rows, l.p.hidden_size, l.weights + l.at.norm1_weight, l.weights + l.at.norm1_bias,
+            l.p.eps);
 }
 
-// Rows begin, begin + 1, ... of the active ones are done: x holds them before their norm.
-inline void second_norm_and_scatter(const Layer& l, int64_t begin, int64_t rows, float* x) {
+// Rows begin, begin + 1, ... of the active ones are done: x holds them before their norm. stay: the next
+// layer finds them there.
+inline void second_norm_and_scatter(const Layer& l, int64_t begin, int64_t rows, float* x,
+                                    bool stay = false) {
   const PhaseTimer timer(l.p.phases, Phase::norm2);
-  for (int64_t r = 0; r < rows; ++r) {
-    normalise_row(x + r * l.row_step, l.p.hidden_size, l.weights + l.at.norm2_weight,
-                  l.weights + l.at.norm2_bias, l.p.eps);
-    scatter_row(l, begin + r, x + r * l.row_step);
-  }
+  normalise(x, l.row_step, rows, l.p.hidden_size, l.weights + l.at.norm2_weight, l.weights + l.at.norm2_bias,
+            l.p.eps);
+  if (stay) return;
+  for (int64_t r = 0; r < rows; ++r) scatter_row(l, begin + r, x + r * l.row_step);
 }
 
 // Everything after the attention, of rows begin, begin + 1, ... of the active ones. x holds the rows and is

@@ -8,11 +8,22 @@
 
 namespace dynplan::kernels {
 
-// Embed, dispatch and restore are those of encode_tokens, which does the whole of a forward. Gather is the
-// copy of active rows into a block; norm2 is the layer's last norm with the scatter of its rows; up has the
-// activation in it, down and output the residual.
-enum class Phase { embed, dispatch, gather, qkv, attention, output, norm1, up, down, norm2, restore };
-constexpr int kPhases = 11;
+enum class Phase {
+  embed,  // this, dispatch and restore are parts of encode_tokens, which does the whole of a forward
+  dispatch,
+  gather,  // active rows into a block
+  qkv,
+  attention,  // with its two products, scores and context, in it
+  scores,
+  context,
+  output,  // with the residual
+  norm1,
+  up,     // with the activation
+  down,   // with the residual
+  norm2,  // with the scatter of its rows
+  restore
+};
+constexpr int kPhases = 13;
 
 // Summed over all threads and layers.
 struct PhaseTimes {
@@ -40,6 +51,32 @@ class PhaseTimer {
   Phase phase_;
   int64_t threads_;
   std::chrono::steady_clock::time_point start_;
+};
+
+// Many short stretches of one phase, added up here and told at the end: telling takes as long as some of
+// them.
+class PhaseStretches {
+ public:
+  PhaseStretches(PhaseTimes* times, Phase phase) : times_(times), phase_(phase) {}
+  ~PhaseStretches() {
+    if (times_ != nullptr)
+      times_->nanoseconds[static_cast<int>(phase_)].fetch_add(spent_.count(), std::memory_order_relaxed);
+  }
+  PhaseStretches(const PhaseStretches&) = delete;
+  PhaseStretches& operator=(const PhaseStretches&) = delete;
+
+  template <class F>
+  void run(F stretch) {
+    if (times_ == nullptr) return stretch();
+    const auto start = std::chrono::steady_clock::now();
+    stretch();
+    spent_ += std::chrono::steady_clock::now() - start;
+  }
+
+ private:
+  PhaseTimes* times_;
+  Phase phase_;
+  std::chrono::nanoseconds spent_{0};
 };
 
 }  // namespace dynplan::kernels

@@ -42,7 +42,7 @@ inline int64_t longest_sequence(const Layer& l) {
 }
 
 inline AttentionShape attention_shape(const Layer& l, int64_t longest) {
-  return {l.p.hidden_size, l.p.heads, l.qkv_step, longest};
+  return {l.p.hidden_size, l.p.heads, l.qkv_step, longest, l.p.phases};
 }
 
 // Attention of all sequences, cut into ranges of equal cost: a head of a sequence of n rows costs n (n + c),
@@ -108,8 +108,9 @@ inline int64_t scratch_by_columns(const Layer& l) {
   return attention_scratch_floats(attention_shape(l, longest_sequence(l)));
 }
 
-// gathered: the rows are where the last layer left them.
-inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* scratch, bool gathered) {
+// gathered: the rows are where the last layer left them. stay: the next layer finds them there.
+inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* scratch, bool gathered,
+                           bool stay) {
   const int64_t rows = l.active;
   float* x = qkv + rows * l.qkv_step;
   float* y = x + rows * l.row_step;
@@ -122,57 +123,63 @@ inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* sc
       body(first * kTilePanels, last == units ? panels : last * kTilePanels);
     });
   };
+  const auto over_rows = [&](auto body) {
+    const int64_t units = (rows + kNormRows - 1) / kNormRows;
+    member.share_out(units, [&](int64_t first, int64_t last) {
+      body(first * kNormRows, (last == units ? rows : last * kNormRows) - first * kNormRows);
+    });
+  };
   const int64_t width = l.p.hidden_size;
   if (!gathered)
-    member.share_out(rows, [&](int64_t first, int64_t last) {
-      gather_rows(l, first, last - first, x + first * l.row_step);
-    });
+    over_rows([&](int64_t first, int64_t count) { gather_rows(l, first, count, x + first * l.row_step); });
   const Operand input = operand(l, rows, x, l.row_step);
   over_panels(3 * width, [&](int64_t first, int64_t last) { project_qkv(l, rows, input, qkv, first, last); });
   attend_all(l, member, qkv, scratch);
   const Operand context = operand(l, rows, qkv, l.qkv_step);
   over_panels(width,
               [&](int64_t first, int64_t last) { project_context(l, rows, context, x, y, first, last); });
-  member.share_out(rows,
-                   [&](int64_t first, int64_t last) { first_norm(l, last - first, y + first * l.row_step); });
+  over_rows([&](int64_t first, int64_t count) { first_norm(l, count, y + first * l.row_step); });
   const Operand normed = operand(l, rows, y, l.row_step);
   over_panels(l.p.intermediate_size,
               [&](int64_t first, int64_t last) { expand(l, rows, normed, up, first, last); });
   const Operand active = up_operand(l, rows, up);
   over_panels(width, [&](int64_t first, int64_t last) { contract(l, rows, active, y, x, first, last); });
-  member.share_out(rows, [&](int64_t first, int64_t last) {
-    second_norm_and_scatter(l, first, last - first, x + first * l.row_step);
+  over_rows([&](int64_t first, int64_t count) {
+    second_norm_and_scatter(l, first, count, x + first * l.row_step, stay);
   });
 }
 
 inline void run_together(const ConditionalEncoderParams& p, const Team& team, Parallel parallel) {
   int64_t floats = 0;
   const auto by_columns = [](const Layer& l) { return l.active <= kFewRows; };
+  std::vector<Layer> layers;  // that have work
   for (int64_t index = 0; index < p.layers; ++index) {
     const Layer l = layer_of(p, index);
+    if (l.active == 0) continue;
     floats = larger(floats, by_columns(l) ? scratch_by_columns(l) : scratch_by_rows(l));
+    layers.push_back(l);
   }
+  // Whether run_by_columns leaves a layer's rows where the next one wants them. Hidden states in bfloat16 are
+  // rounded between layers, wherever the rows come from.
+  const auto stay = [&](size_t i) {
+    return i + 1 < layers.size() && p.row_type == RowType::float32 && by_columns(layers[i]) &&
+           layers[i].active == layers[i + 1].active &&
+           std::equal(layers[i].rows, layers[i].rows + layers[i].active, layers[i + 1].rows);
+  };
   parallel(p.workers, 1, [&](int64_t, int64_t) {
     // First of all: nothing may throw once others wait for us.
     float* scratch = thread_scratch(floats);
     reserve_pairs(p, larger(larger(kGatherRows, kFewRows), block_rows(p.hidden_size, p.intermediate_size)));
     Member member(team);
     if (p.fill != nullptr) member.share_out(p.capacity, *p.fill);
-    const int32_t* before = nullptr;  // rows of the last layer, where run_by_columns has left them behind
-    int64_t count = 0;
-    for (int64_t index = 0; index < p.layers; ++index) {
-      const Layer l = layer_of(p, index);
-      if (l.active == 0) continue;
-      if (by_columns(l)) {
-        const bool same =
-            before != nullptr && count == l.active && std::equal(before, before + count, l.rows);
-        // Hidden states in bfloat16 are rounded between layers, wherever the rows come from.
-        run_by_columns(l, member, p.workspace, scratch, same && p.row_type == RowType::float32);
-        before = l.rows, count = l.active;
-      } else {
-        run_by_rows(l, member, p.workspace, scratch);
-        before = nullptr;
-      }
+    bool gathered = false;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const bool stays = stay(i);
+      if (by_columns(layers[i]))
+        run_by_columns(layers[i], member, p.workspace, scratch, gathered, stays);
+      else
+        run_by_rows(layers[i], member, p.workspace, scratch);
+      gathered = stays;
     }
   });
 }

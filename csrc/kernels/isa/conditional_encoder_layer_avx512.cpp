@@ -9,6 +9,7 @@
 #include <optional>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "kernels/conditional_encoder_layer.h"
 #include "kernels/embed_tokens.h"
