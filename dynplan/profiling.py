@@ -30,9 +30,9 @@ PHASES = {
     "schedule of all layers": "dispatch",
     "gather active rows": "dispatch",
     "product: query, key, value": "products",
-    "attention: softmax, keys": "attention",
-    "attention: product, scores": "attention",
-    "attention: product, context": "attention",
+    "softmax, keys transposed": "attention",
+    "attention's product: scores": "attention",
+    "attention's product: context": "attention",
     "product: output, residual": "products",
     "first norm": "norms",
     "product: up, activation": "products",
@@ -40,10 +40,12 @@ PHASES = {
     "second norm, scatter": "norms",
     "padding restored": "dispatch",
 }
-GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings", "Python")
+GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings", "output", "Python")
 _ENCODER_OPS = ("encode_tokens", "conditional_encoder", "conditional_encoder_layer")
 _DISPATCH_OPS = ("pack", "build_dispatch", "unpack")
-# Where the forward looks them up.
+# Methods of the forward.
+_METHODS = ("_embed", "_output")
+# Where the forward looks the others up.
 _PLACES = {
     whole: ("encode_tokens", "plan_upfront"),
     planned: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "keep_stepwise"),
@@ -79,6 +81,11 @@ class ForwardProfile:
     def group(self, name: str) -> float:
         """Seconds of all parts of a group."""
         return sum(part.seconds for part in self.parts if part.group == name)
+
+    @property
+    def outside(self) -> float:
+        """Seconds outside every matrix product: those with the weights, and attention's own two."""
+        return self.seconds - sum(part.seconds for part in self.parts if "product: " in part.name)
 
 
 @torch.inference_mode()
@@ -134,7 +141,8 @@ def _parts(total: float, spent: Mapping[str, float], phases: Sequence[float]) ->
     parts += [Part(op, "dispatch", spent.get(op, 0.0)) for op in _DISPATCH_OPS]
     parts += [Part(name, group, own) for (name, group), own in zip(PHASES.items(), phases, strict=True)]
     # Threads that have finished before the others, and what the op does before and after its phases.
-    parts.append(Part("waiting for threads, checks, copy", "waiting", max(0.0, encoder - sum(phases))))
+    parts.append(Part("waiting for threads, op's start and end", "waiting", max(0.0, encoder - sum(phases))))
+    parts.append(Part("pooler and output", "output", spent.get("_output", 0.0)))
     rest = total - sum(part.seconds for part in parts)
     parts.append(Part("Python, framework, weights' check", "Python", max(0.0, rest)))
     return parts
@@ -148,7 +156,8 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
     """
     spent: dict[str, float] = {}
     forward = next(vars(module)["forward"] for module in model.modules() if "forward" in vars(module))
-    places = [(place, name) for place, names in _PLACES.items() for name in names] + [(forward, "_embed")]
+    places = [(place, name) for place, names in _PLACES.items() for name in names]
+    places += [(forward, name) for name in _METHODS]
     originals = [getattr(place, name) for place, name in places]
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,7 +176,8 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
     finally:
         for (place, name), original in zip(places, originals, strict=True):
             setattr(place, name, original)
-        del forward._embed
+        for name in _METHODS:
+            delattr(forward, name)
 
 
 def bench_profile(
@@ -244,6 +254,7 @@ def print_profiles(profiles: Mapping[int, ForwardProfile], title: str) -> None:
         for index, part in enumerate(first.parts):
             if part.group == group and part.name != group:
                 line(f"  {part.name}", [own.parts[index].seconds for own in profiles.values()])
+    line("[bold]outside every product[/bold]", [own.outside for own in profiles.values()])
     line("[bold]forward, profiled[/bold]", [own.seconds for own in profiles.values()])
     line("[bold]forward, undisturbed[/bold]", [own.undisturbed for own in profiles.values()])
     Console().print(table)

@@ -28,6 +28,10 @@ def test_parts_sum_to_the_forward(model):
     own = profiling.profile_forward(model, inputs(), rounds=3)
     assert sum(part.seconds for part in own.parts) == pytest.approx(own.seconds, rel=1e-6)
     assert sum(own.group(group) for group in profiling.GROUPS) == pytest.approx(own.seconds, rel=1e-6)
+    products = own.group("products") + sum(
+        p.seconds for p in own.parts if p.name.startswith("attention's product")
+    )
+    assert own.outside == pytest.approx(own.seconds - products) and own.outside > 0
     # Everything a forward of this kind does was seen, under its own name.
     for group in profiling.GROUPS:
         assert own.group(group) > 0, group
