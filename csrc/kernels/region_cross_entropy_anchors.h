@@ -99,11 +99,8 @@ void add_row(PowerSum& total, const T* losses, int64_t count, const Int* labels,
   for (int64_t i = whole; i < count; ++i) largest = losses[i] > largest ? losses[i] : largest;
   const T scale = largest > 0 ? 1 / largest : 0;
   typename S::V sums{};
-  for (int64_t i = 0; i < count; i += S::lanes) {
-    typename S::V l{};
-    std::memcpy(&l, losses + i, smaller(S::lanes, count - i) * sizeof(T));
-    sums += S::pow(l * scale, static_cast<T>(weights.p));
-  }
+  for (int64_t i = 0; i < count; i += S::lanes)
+    sums += S::pow(S::load_first(losses + i, count - i) * scale, static_cast<T>(weights.p));
   row.largest = largest;
   for (int lane = 0; lane < S::lanes; ++lane) row.sum += sums[lane];
   row.normalizer = weights.powers(labels, count, step);
@@ -136,11 +133,10 @@ class AnchorSlopes {
            T* slopes) {
     for (int64_t i = 0; i < row.count; i += S::lanes) {
       const int64_t here = smaller(S::lanes, row.count - i);
-      typename S::V l{};
-      std::memcpy(&l, losses_ + row.index + i, here * sizeof(T));
+      const typename S::V l = S::load_first(losses_ + row.index + i, here);
       const typename S::V s = common_ * S::pow(l * inverse_, exponent_);
-      if (row.step == 1)
-        std::memcpy(slopes + i, &s, here * sizeof(T));
+      if (row.step == 1 && here == S::lanes)
+        S::store(slopes + i, s);
       else
         for (int64_t lane = 0; lane < here; ++lane) slopes[(i + lane) * row.step] = s[lane];
     }

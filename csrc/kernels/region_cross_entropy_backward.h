@@ -73,23 +73,24 @@ class SlopeRows {
 
 // Anchors that windows of a box hold. Their ring has the columns of the logits', so that both pools read
 // labels and values at one column.
-inline Box anchor_box(const RegionCrossEntropyParams& p, const Box& box) {
+template <class T>
+Box anchor_box(const RegionCrossEntropyParams& p, const Box& box) {
   Box anchors = box.grown(p.radius, 1);
-  anchors.begin[2] -= p.radius[2];
+  anchors.begin[2] = box.begin[2] - ring_margin<T>(p);
   anchors.end[2] += p.radius[2];
   return anchors;
 }
 
-// The merged vectors of one row of a tile, and where their gradients go.
+// A tile of anchors whose merged vectors are known, and where their gradients go.
 template <class T>
-struct AnchorVector {
-  int64_t i;  // row of the strip
-  int64_t x;  // column, from the first of the ring of anchors
-  typename Simd<T>::M own;
-  typename Simd<T>::V scale;  // 1 / Z
-  T* out;
+struct AnchorTile {
+  int64_t count;  // rows of the strip
+  int64_t x;      // column, from the first of the ring of anchors
+  typename Simd<T>::M own[kRegionStrip];
+  typename Simd<T>::V scale[kRegionStrip];  // 1 / Z
+  T* out[kRegionStrip];
   int64_t class_stride;
-  Prefetch logits, gradient;
+  Prefetch ahead[kRegionStrip];
 };
 
 // s_q from the losses that the forward left, softmax(z_q) from its logsumexp.
@@ -107,25 +108,23 @@ class BackwardAnchors {
   void begin(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors) {
     slopes_.load(i, n, d, h, anchors, /*with_lse=*/true);
   }
-  void tile(const MergedTile<T>&) {}
 
-  DYNPLAN_INLINE void vector(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorVector<T>& at) {
-    const V lse = S::load(slopes_.lse(at.i) + at.x);
-    const V share = S::load(slopes_.slopes(at.i) + at.x) * at.scale;
-    V hard = share * weights_.hard;
-    if (weights_.weight) hard *= weights_.of(at.own);
-    const V mass = hard + share * weights_.soft_sum;
-    pool.for_classes([&](int64_t c, auto owned) __attribute__((always_inline)) {
-      at.logits(c);
-      at.gradient(c);
-      V g = mass * S::exp(merged.at(c, at.i) * at.scale - lse);
-      if constexpr (owned) g -= S::masked(at.own == static_cast<typename S::Int>(c), hard);
-      S::store(at.out + c * at.class_stride, g);
-    });
-    if (weights_.soft == 0) return;
-    for (int64_t c = 0; c < p_.classes; ++c) {
-      T* out = at.out + c * at.class_stride;
-      S::store(out, S::load(out) - share * (weights_.soft * weights_.at(c)));
+  DYNPLAN_INLINE void tile(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorTile<T>& at) {
+    for (int64_t i = 0; i < at.count; ++i) {
+      const V lse = S::load(slopes_.lse(i) + at.x), share = S::load(slopes_.slopes(i) + at.x) * at.scale[i];
+      V hard = share * weights_.hard;
+      if (weights_.weight) hard *= weights_.of(at.own[i]);
+      const V mass = hard + share * weights_.soft_sum;
+      for (int64_t c = 0; c < p_.classes; ++c) {
+        at.ahead[i](c);
+        V g = mass * S::exp(merged.at(c, i) * at.scale[i] - lse);
+        if (weights_.soft > 0) g -= share * (weights_.soft * weights_.at(c));
+        S::store(at.out[i] + c * at.class_stride, g);
+      }
+      pool.for_labels([&](int64_t c) __attribute__((always_inline)) {
+        T* out = at.out[i] + c * at.class_stride;
+        S::store(out, S::load(out) - S::masked(at.own[i] == static_cast<typename S::Int>(c), hard));
+      });
     }
   }
 
@@ -166,7 +165,7 @@ class RegionGradient {
   void run(int64_t n, const Box& box, const DirectRows<T>& direct, Store store) {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], 2 * p_.radius[0] + strip_);
-    anchors_.reset(anchor_memory_, anchor_box(p_, box), p_.classes, between);
+    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, between);
     stage_.reset(anchors_.box);
     row_.reset(row_memory_, box.row(), p_.classes, kRegionStrip);
     march_backward(
@@ -185,7 +184,9 @@ class RegionGradient {
  private:
   void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
                    const DirectRows<T>& direct) {
-    const int64_t radius = p_.radius[2], begin = box.begin[2] - radius, width = box.extent(2) + 2 * radius;
+    // Tiles begin where the box's do.
+    const int64_t before = ceil_div(p_.radius[2], S::lanes) * S::lanes, begin = box.begin[2] - before;
+    const int64_t margin = ring_margin<T>(p_), width = before + box.extent(2) + p_.radius[2];
     merge_.aim(d, h, count, /*anchors=*/false);
     const Int* own[kRegionStrip];
     T* out[kRegionStrip];
@@ -195,17 +196,24 @@ class RegionGradient {
       out[i] = anchors_.at(d + i, h, begin);
     }
     for (int64_t x = 0; x < width; x += S::lanes) {
-      merged_.pool(merge_, radius + x);
-      stage_.tile(merged_);
+      const int64_t column = margin - before + x;
+      merged_.pool(merge_, column);
+      AnchorTile<T> tile;
+      tile.count = count;
+      tile.x = column;
+      tile.class_stride = anchors_.class_stride;
       for (int64_t i = 0; i < count; ++i) {
-        const M labels = S::load(own[i] + x);
-        stage_.vector(merge_, merged_,
-                      {i, radius + x, labels, merged_.scale(i, labels), out[i] + x, anchors_.class_stride,
-                       Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x),
-                       direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)});
+        tile.own[i] = S::load(own[i] + x);
+        tile.scale[i] = merged_.scale(i, tile.own[i]);
+        tile.out[i] = out[i] + x;
+        // By turns: a tile is half a cache line wide.
+        tile.ahead[i] = x / S::lanes % 2
+                            ? direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)
+                            : Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
       }
+      stage_.tile(merge_, merged_, tile);
     }
-    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, 2 * radius, own[i] + radius);
+    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, margin, own[i] + before);
   }
 
   // Rows go to `direct` where it can take them, else to row_. The last tile of a row in place starts where it
@@ -223,7 +231,12 @@ class RegionGradient {
         out.row[i] =
             in_place ? direct.at(n, d + row, h, box.begin[2] + x) : row_.data + row * row_.plane_stride + x;
       }
-      gather_.run(2 * p_.radius[2] + x, out, nullptr);
+      // A cache line ahead: stores wait for their lines one after the other.
+      constexpr int64_t kLine = 64 / sizeof(T);
+      for (int64_t i = 0; in_place && column % kLine == 0 && i < count; ++i)
+        for (int64_t c = 0; c < p_.classes; ++c)
+          __builtin_prefetch(out.row[i] + c * out.class_stride + kLine, /*to write*/ 1);
+      gather_.run(ring_margin<T>(p_) + x, out, nullptr);
     }
     return in_place;
   }

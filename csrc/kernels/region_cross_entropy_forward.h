@@ -18,7 +18,7 @@ struct MergedTile {
   T* sums;
   typename S::V totals[kRegionStrip] = {};
 
-  explicit MergedTile(int64_t classes) : sums(memory.zeroed(classes * kClassStride)) {}
+  explicit MergedTile(int64_t classes) : sums(memory.get(classes * kClassStride)) {}
 
   void pool(Pool<T>& pool, int64_t column) {
     TileOutput<T> out{{}, kClassStride};
@@ -27,6 +27,7 @@ struct MergedTile {
   }
   T* address(int64_t c, int64_t i) const { return sums + c * kClassStride + i * S::lanes; }
   typename S::V at(int64_t c, int64_t i) const { return S::load(address(c, i)); }
+  void set(int64_t c, int64_t i, typename S::V v) const { S::store(address(c, i), v); }
 
   // Each row's largest sums.
   DYNPLAN_INLINE void tops(int64_t classes, typename S::V (&top)[kRegionStrip]) const {
@@ -43,37 +44,53 @@ struct MergedTile {
   }
 };
 
-// Cross-entropy of a vector of merged vectors, before class weights.
+// Cross-entropies of the merged vectors of a tile, row by row, before class weights.
 template <class T>
-struct MergedLoss {
+struct MergedLosses {
   using S = Simd<T>;
   using V = typename S::V;
-  V loss, logsumexp;
-  V mass;  // sum over classes of exp((z - top) scale)
+  using M = typename S::M;
+  V loss[kRegionStrip], logsumexp[kRegionStrip];
+  V mass[kRegionStrip];        // sum over classes of exp((z - top) scale)
+  V label_term[kRegionStrip];  // the label's own term of it
+  V label_sum[kRegionStrip];
 
-  // Row i of the tile that `pool` planned and `merged` holds. `each(c, term)` gets the terms of `mass`.
+  // Of the tile that `pool` planned and `merged` holds, which loses the sums of labels. `each(i, c, term)`
+  // gets the terms of `mass`, with 0 for the label's own.
   template <class Each>
-  DYNPLAN_INLINE MergedLoss(const Pool<T>& pool, const MergedTile<T>& merged, int64_t i, typename S::M own,
-                            V top, V scale, Each each) {
+  DYNPLAN_INLINE MergedLosses(const Pool<T>& pool, const MergedTile<T>& merged, int64_t classes,
+                              int64_t count, const M* own, const V* scale, Each each) {
+    V top[kRegionStrip];
+    merged.tops(classes, top);
     // The label's own term is left out of the sum, so that the small losses of pixels that are clearly right
-    // keep their digits. Differences are taken before scaling: a fused multiply-add of the product would not
-    // give exactly 0 for the largest.
-    V others{}, label_sum{};
-    pool.for_classes([&](int64_t c, auto owned) __attribute__((always_inline)) {
-      const V sum = merged.at(c, i), term = S::exp((sum - top) * scale);
-      each(c, term);
-      if constexpr (owned) {
-        const typename S::M hit = own == static_cast<typename S::Int>(c);
-        others += S::unmasked(hit, term);
-        label_sum = hit ? sum : label_sum;
-      } else {
+    // keep their digits. It is taken out before, so that the loop over classes has no branch. Differences are
+    // taken before scaling: a fused multiply-add of the product would not give exactly 0 for the largest.
+    for (int64_t i = 0; i < count; ++i) {
+      label_sum[i] = V{};
+      pool.for_labels([&](int64_t c) __attribute__((always_inline)) {
+        const M hit = own[i] == static_cast<typename S::Int>(c);
+        const V sum = merged.at(c, i);
+        label_sum[i] = hit ? sum : label_sum[i];
+        merged.set(c, i, hit ? S::fill(-std::numeric_limits<T>::max()) : sum);
+      });
+    }
+    // All rows' sums, then what follows from them: logarithms take long, but not those of several rows.
+    for (int64_t i = 0; i < count; ++i) {
+      V others{};
+      for (int64_t c = 0; c < classes; ++c) {
+        const V term = S::exp((merged.at(c, i) - top[i]) * scale[i]);
+        each(i, c, term);
         others += term;
       }
-    });
-    const V label_term = S::exp((label_sum - top) * scale), gap = S::log1p(others + (label_term - T(1)));
-    mass = others + label_term;
-    logsumexp = top * scale + gap;
-    loss = (top - label_sum) * scale + gap;
+      mass[i] = others;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      label_term[i] = S::exp((label_sum[i] - top[i]) * scale[i]);
+      const V gap = S::log1p(mass[i] + (label_term[i] - T(1)));
+      mass[i] += label_term[i];
+      logsumexp[i] = top[i] * scale[i] + gap;
+      loss[i] = (top[i] - label_sum[i]) * scale[i] + gap;
+    }
   }
 };
 
@@ -110,6 +127,10 @@ class LossRows {
  private:
   template <class Out>
   static void copy(const T* from, const AnchorRow& anchors, Out* to) {
+    if (std::is_same_v<Out, T> && anchors.step == 1) {
+      std::memcpy(to, from, anchors.count * sizeof(T));
+      return;
+    }
     for (int64_t i = 0; i < anchors.count; ++i) to[i] = static_cast<Out>(from[i * anchors.step]);
   }
 
@@ -169,33 +190,43 @@ class RegionForward {
     for (int64_t i = 0; i < count; ++i) own[i] = planes_.labels.at(d + i, h, box.begin[2]);
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
       merged_.pool(pool_, margin + x);
-      V top[kRegionStrip];
-      merged_.tops(p_.classes, top);
+      M labels[kRegionStrip];
+      V scale[kRegionStrip];
+      Prefetch ahead[kRegionStrip];
       for (int64_t i = 0; i < count; ++i) {
         if (out_.counts()) S::store(out_.agreement(i) + x, pool_.agreement(i, margin + x));
-        vector(S::load(own[i] + x), i, top[i], out_.losses(i) + x, out_.lse(i) + x,
-               Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x));
+        labels[i] = S::load(own[i] + x);
+        scale[i] = merged_.scale(i, labels[i]);
+        ahead[i] = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x);
       }
+      losses(count, x, labels, scale, ahead);
     }
     for (int64_t i = 0; i < count; ++i) out_.write(i, n, d + i, h, box, 0, own[i], /*with_lse=*/true, total);
   }
 
-  // Loss and logsumexp of row i of the merged tile, whose largest sums are `top`.
-  DYNPLAN_INLINE void vector(M own, int64_t i, V top, T* losses, T* lse, const Prefetch& next) {
+  // Losses and logsumexps of the merged tile.
+  DYNPLAN_INLINE void losses(int64_t count, int64_t x, const M* own, const V* scale, const Prefetch* ahead) {
     const ClassWeights<T>& weights = out_.weights();
-    const V scale = merged_.scale(i, own);
-    const MergedLoss<T> merged(
-        pool_, merged_, i, own, top, scale, [&](int64_t c, V) __attribute__((always_inline)) { next(c); });
-    V loss = merged.loss;
-    if (weights.weight || weights.soft > 0) {
-      loss = weights.hard * weights.of(own) * loss;
-      V soft{};
-      for (int64_t c = 0; weights.soft > 0 && c < p_.classes; ++c)
-        soft += weights.at(c) * (merged.logsumexp - merged_.at(c, i) * scale);
-      loss += weights.soft * soft;
+    const MergedLosses<T> merged(
+        pool_, merged_, p_.classes, count, own,
+        scale, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { ahead[i](c); });
+    for (int64_t i = 0; i < count; ++i) {
+      V loss = merged.loss[i];
+      if (weights.weight || weights.soft > 0) loss = weights.hard * weights.of(own[i]) * loss;
+      if (weights.soft > 0) loss += weights.soft * soft(i, own[i], scale[i], merged);
+      S::store(out_.losses(i) + x, S::masked(own[i] >= 0, loss));
+      S::store(out_.lse(i) + x, S::masked(own[i] >= 0, merged.logsumexp[i]));
     }
-    S::store(losses, S::masked(own >= 0, loss));
-    S::store(lse, S::masked(own >= 0, merged.logsumexp));
+  }
+
+  // Sum over classes of weight (lse - z).
+  V soft(int64_t i, M own, V scale, const MergedLosses<T>& merged) const {
+    V sum{};
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const V z = own == static_cast<Int>(c) ? merged.label_sum[i] : merged_.at(c, i);
+      sum += out_.weights().at(c) * (merged.logsumexp[i] - z * scale);
+    }
+    return sum;
   }
 
   const RegionCrossEntropyParams& p_;

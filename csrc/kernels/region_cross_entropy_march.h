@@ -69,7 +69,8 @@ struct Planes {
   // `halo`: radii that the values of a tile reach beyond it. `label_planes`, `logit_planes`: how many are
   // kept.
   void reset(const Box& box, int halo, int64_t label_planes, int64_t logit_planes) {
-    const Box region = box.grown(p.radius, halo);
+    Box region = box.grown(p.radius, halo);
+    region.begin[2] = box.begin[2] - ring_margin<T>(p);
     labels.reset(label_memory, region, 1, label_planes);
     logits.reset(logit_memory, region, p.classes, logit_planes);
     std::memset(labels.data, 0xff, labels.plane_stride * label_planes * sizeof(Int));  // -1 outside the image

@@ -13,6 +13,7 @@ class OnceAnchors {
  public:
   using S = Simd<T>;
   using V = typename S::V;
+  using M = typename S::M;
 
   OnceAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
               const RegionCrossEntropyGrad&)
@@ -23,33 +24,38 @@ class OnceAnchors {
     total_ = {};
   }
   void begin(int64_t, int64_t, int64_t, int64_t, const Box&) {}
-  void tile(const MergedTile<T>& merged) { merged.tops(p_.classes, top_); }
 
-  DYNPLAN_INLINE void vector(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorVector<T>& at) {
-    const MergedLoss<T> made(
-        pool, merged, at.i, at.own, top_[at.i],
-        at.scale, [&](int64_t c, V term) __attribute__((always_inline)) {
-          at.logits(c);
-          S::store(merged.address(c, at.i), term);
+  DYNPLAN_INLINE void tile(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorTile<T>& at) {
+    const MergedLosses<T> made(
+        pool, merged, p_.classes, at.count, at.own,
+        at.scale, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
+          at.ahead[i](c);
+          merged.set(c, i, term);
         });
-    const typename S::M valid = at.own >= 0;
-    V loss = made.loss, hard = at.scale;
-    if (out_.weights().weight) {
-      const V weight = out_.weights().of(at.own);
-      loss *= weight;
-      hard *= weight;
+    V hard[kRegionStrip], mass[kRegionStrip];
+    for (int64_t i = 0; i < at.count; ++i) {
+      const M valid = at.own[i] >= 0;
+      V loss = made.loss[i], share = at.scale[i];
+      if (out_.weights().weight) {
+        const V weight = out_.weights().of(at.own[i]);
+        loss *= weight;
+        share *= weight;
+      }
+      loss = S::masked(valid, loss);
+      S::store(out_.losses(i) + at.x, loss);
+      S::store(out_.lse(i) + at.x, S::masked(valid, made.logsumexp[i]));
+      hard[i] = S::masked(valid, share * S::pow(loss, exponent_));
+      mass[i] = S::masked(valid, hard[i] / made.mass[i]);
     }
-    loss = S::masked(valid, loss);
-    S::store(out_.losses(at.i) + at.x, loss);
-    S::store(out_.lse(at.i) + at.x, S::masked(valid, made.logsumexp));
-    hard = S::masked(valid, hard * S::pow(loss, exponent_));
-    const V mass = S::masked(valid, hard / made.mass);
-    pool.for_classes([&](int64_t c, auto owned) __attribute__((always_inline)) {
-      at.gradient(c);
-      V g = mass * merged.at(c, at.i);
-      if constexpr (owned) g -= S::masked(at.own == static_cast<typename S::Int>(c), hard);
-      S::store(at.out + c * at.class_stride, g);
-    });
+    for (int64_t i = 0; i < at.count; ++i) {
+      for (int64_t c = 0; c < p_.classes; ++c)
+        S::store(at.out[i] + c * at.class_stride, mass[i] * merged.at(c, i));
+      const V own = mass[i] * made.label_term[i] - hard[i];
+      pool.for_labels([&](int64_t c) __attribute__((always_inline)) {
+        T* out = at.out[i] + c * at.class_stride;
+        S::store(out, at.own[i] == static_cast<typename S::Int>(c) ? own : S::load(out));
+      });
+    }
   }
 
   // Windows reach over the edges of a box: anchors there are written by the box they are in.
@@ -65,7 +71,6 @@ class OnceAnchors {
   const RegionCrossEntropyParams& p_;
   const T exponent_;
   LossRows<T> out_;
-  V top_[kRegionStrip];
   PowerSum total_;
 };
 

@@ -25,14 +25,16 @@ struct TileOutput {
 template <class T>
 class Pool : public TileWindows<T> {
   using Base = TileWindows<T>;
-  using Base::agree_, Base::count_, Base::extra_, Base::first_extra_, Base::kLanes, Base::kind_, Base::masks_,
-      Base::mine_, Base::num_groups_, Base::num_labels_, Base::p_, Base::ring_, Base::rows_, Base::strip_,
+  using Base::agree_, Base::count_, Base::extra_, Base::first_extra_, Base::kLanes, Base::kind_,
+      Base::num_groups_, Base::num_passes_, Base::passes_, Base::p_, Base::ring_, Base::rows_, Base::strip_,
       Base::values_;
   using typename Base::Kind;
+  using typename Base::Pass;
 
  public:
   using typename Base::Int;
   using typename Base::M;
+  using typename Base::Mask;
   using typename Base::S;
   using typename Base::V;
 
@@ -56,8 +58,6 @@ class Pool : public TileWindows<T> {
     const Source from{values_.data + column, values_.class_stride, classes_, step_};
     if (kind_ == Kind::plain)
       add_windows<Take::all>(from, out);
-    else if (num_labels_ == 0)
-      clear(out);
     else
       add_windows<Take::labels>(from, out);
     if (!totals) return;
@@ -105,54 +105,77 @@ class Pool : public TileWindows<T> {
 
   template <Take kTake, int kRadius>
   void add_windows(const Source& from, const TileOutput<T>& out) const {
-    if (strip_ == 1)
-      add_labels<kTake, kRadius, 1, false>(from, out);
-    else if (num_groups_ == 1 && ring_[0] == 0)
-      add_labels<kTake, kRadius, kRegionStrip, true>(from, out);
-    else
-      add_labels<kTake, kRadius, kRegionStrip, false>(from, out);
+    // Large windows reach most rows of a tile from any centre.
+    constexpr bool kCut = kTake == Take::labels && kRadius <= 3;
+    const int num_passes = kTake == Take::all ? 1 : num_passes_;
+    for (int l = 0; l < num_passes; ++l) {
+      const Pass& pass = passes_[l];
+      const int64_t begin = kCut && this->flat() ? pass.begin : 0;
+      if (strip_ == 1)
+        add_pass<kTake, Shape<kRadius, 1, 0, false>>(from, out, pass, begin);
+      else if (!this->flat())
+        add_pass<kTake, Shape<kRadius, kRegionStrip, kRadius, false>>(from, out, pass, begin);
+      else if (kCut && pass.end - begin == 1)
+        add_pass<kTake, Shape<kRadius, kCut ? 1 : kRegionStrip, kRadius, true>>(from, out, pass, begin);
+      else if (kCut && pass.end - begin == 2)
+        add_pass<kTake, Shape<kRadius, kCut ? 2 : kRegionStrip, kRadius, true>>(from, out, pass, begin);
+      else if (kCut && pass.end - begin == 3)
+        add_pass<kTake, Shape<kRadius, kCut ? 3 : kRegionStrip, kRadius, true>>(from, out, pass, begin);
+      else
+        add_pass<kTake, Shape<kRadius, kRegionStrip, kRadius, true>>(from, out, pass, begin);
+    }
   }
 
-  template <Take kTake, int kRadius, int kRows, bool kFlat>
-  void add_labels(const Source& from, const TileOutput<T>& out) const {
-    for (int l = 0; l < num_labels_; ++l) add_label<kTake, kRadius, kRows, kFlat>(from, out, l);
+  // Centres in kRows rows of a strip, with kReach rows to their either side in a group. kFlat: there is one
+  // group, of ring 0.
+  template <int kR, int kN, int kS, bool kF>
+  struct Shape {
+    static constexpr int kRadius = kR, kRows = kN, kReach = kS;
+    static constexpr bool kFlat = kF;
+  };
+
+  // The sums of a pass, whose centres begin with row `first` of the strip.
+  template <Take kTake, class Shape>
+  void add_pass(const Source& from, const TileOutput<T>& out, const Pass& pass, int64_t first) const {
+    // Where there are registers for it, classes share the loads of masks.
+    constexpr int kTogether = kTake == Take::labels && kVectorMasks ? 3 : 1;
+    const int64_t together = from.classes / kTogether * kTogether;
+    add_classes<kTake, Shape, kTogether>(from, out, pass, first, 0, together);
+    if constexpr (kTogether > 1) add_classes<kTake, Shape, 1>(from, out, pass, first, together, from.classes);
   }
 
-  void clear(const TileOutput<T>& out) const {
-    for (int64_t c = 0; c < classes_; ++c)
-      for (int64_t i = 0; i < count_; ++i) S::store(out.row[i] + c * out.class_stride, V{});
-  }
-
-  // The sums over pixels of the tile's l-th label, for its centres. kFlat: there is one group, of ring 0.
-  template <Take kTake, int kRadius, int kRows, bool kFlat>
-  void add_label(const Source& from, const TileOutput<T>& out, int l) const {
-    // Two classes share each load of a mask.
-    const int64_t paired = kTake == Take::labels ? from.classes / 2 * 2 : 0;
-    if constexpr (kTake == Take::labels) add_label<kTake, kRadius, kRows, kFlat, 2>(from, out, l, 0, paired);
-    add_label<kTake, kRadius, kRows, kFlat, 1>(from, out, l, paired, from.classes);
-  }
-
-  template <Take kTake, int kRadius, int kRows, bool kFlat, int kClasses>
-  DYNPLAN_INLINE void add_label(const Source& from, const TileOutput<T>& out, int l, int64_t begin,
-                                int64_t end) const {
-    constexpr int kReach = kRows == 1 ? 0 : kRadius;  // of a group's rows beyond the centres'
+  template <Take kTake, class Shape, int kClasses>
+  DYNPLAN_INLINE void add_classes(const Source& from, const TileOutput<T>& out, const Pass& pass,
+                                  int64_t first, int64_t begin, int64_t end) const {
+    constexpr int kRadius = Shape::kRadius, kRows = Shape::kRows, kReach = Shape::kReach;
+    constexpr int kHeight = kRows + 2 * kReach;
     V steps[kRadius + 1];
     for (int e = 0; e <= kRadius; ++e) steps[e] = S::fill(from.step[e]);
-    const int64_t groups = kFlat ? 1 : num_groups_;
-    for (int64_t c = begin; c < end; c += kClasses) {
+    const int64_t groups = Shape::kFlat ? 1 : num_groups_;
+    // Local, so that they stay in registers.
+    const Mask* const first_mask = pass.masks.get() + first * (2 * kRadius + 1) + kRadius;
+    const typename Base::Row* const first_row = rows_.get() + first;
+    const int64_t class_stride = from.class_stride;
+    const T* values = from.values + begin * class_stride;
+    for (int64_t c = begin; c < end; c += kClasses, values += kClasses * class_stride) {
       V sums[kClasses][kRows]{};
       for (int64_t group = 0; group < groups; ++group) {
-        const int ring = kFlat ? 0 : ring_[group];
+        const int ring = Shape::kFlat ? 0 : ring_[group];
+        const typename Base::Row* rows = first_row + group * kHeight;
+        const Mask* group_masks = first_mask + group * (kHeight * (2 * kRadius + 1));
+        // Loads of masks stay in this loop: GCC would copy them all to the stack before it.
+        if constexpr (kTake == Take::labels) asm("" : "+r"(group_masks));
 #pragma GCC unroll 32
-        for (int j = 0; j < kRows + 2 * kReach; ++j) {
-          const int64_t row = group * (kRows + 2 * kReach) + j;
-          const M* masks = masks_[l].get() + row * (2 * kRadius + 1) + kRadius;
-#pragma GCC unroll 2
+        for (int j = 0; j < kHeight; ++j) {
+          const int64_t row_at = rows[j].value;
+          const Mask* masks = group_masks + j * (2 * kRadius + 1);
+#pragma GCC unroll 3
           for (int k = 0; k < kClasses; ++k) {
-            const T* at = from.values + (c + k) * from.class_stride + rows_[row].value;
+            const T* at = values + k * class_stride + row_at;
             const auto value = [&](int x) __attribute__((always_inline)) {
               if constexpr (kTake == Take::all) return S::load(at + x);
-              return S::masked(masks[x], kTake == Take::ones ? S::fill(1) : S::load(at + x));
+              if constexpr (kTake == Take::ones) return S::masked(masks[x], S::fill(1));
+              if constexpr (kTake == Take::labels) return S::load_masked(at + x, masks[x]);
             };
             V level[kRadius + 1], share[kRadius + 1];
             level[0] = value(0);
@@ -165,23 +188,22 @@ class Pool : public TileWindows<T> {
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
               const int distance = i + kReach < j ? j - i - kReach : i + kReach - j;
-              if (distance <= kRadius) sums[k][i] += share[kFlat || distance > ring ? distance : ring];
+              if (distance <= kRadius) sums[k][i] += share[Shape::kFlat || distance > ring ? distance : ring];
             }
           }
         }
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int k = 0; k < kClasses; ++k) {
         // Backwards, so that a row that exists is written after those that repeat it.
 #pragma GCC unroll 4
         for (int i = kRows - 1; i >= 0; --i) {
-          T* to = out.row[i] + (c + k) * out.class_stride;
+          T* to = out.row[first + i] + (c + k) * out.class_stride;
           if constexpr (kTake == Take::all)
             S::store(to, sums[k][i]);
-          else if (l == 0)
-            S::store(to, S::masked(mine_[l][i], sums[k][i]));
           else
-            S::store(to, S::load(to) + S::masked(mine_[l][i], sums[k][i]));
+            S::store(to, S::masked(pass.taken[first + i], S::load(to)) +
+                             S::masked(pass.mine[first + i], sums[k][i]));
         }
       }
     }

@@ -198,7 +198,7 @@ class RegionProbsBackward {
   void run(int64_t n, const Box& box, const DirectRows<T>&, Store store) {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], between + p_.radius[0]);
-    anchors_.reset(anchor_memory_, anchor_box(p_, box), planes_.channels(), between);
+    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), planes_.channels(), between);
     slopes_.reset(anchors_.box);
     row_.reset(row_memory_, box.row(), p_.classes, 1);
     march_backward(
@@ -211,13 +211,14 @@ class RegionProbsBackward {
   // s_q u_qc / (Z_q v_qc): the division by Z_q cancels the one inside v_qc.
   void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box) {
     const int64_t radius = p_.radius[2], begin = box.begin[2] - radius, width = box.extent(2) + 2 * radius;
+    const int64_t column = ring_margin<T>(p_) - radius;
     for (int64_t i = 0; i < count; ++i) slopes_.load(i, n, d + i, h, anchors_.box, /*with_lse=*/false);
     merge_.aim(d, h, count, /*anchors=*/false);
     for (int64_t x = 0; x < width; x += S::lanes) {
-      merged_.pool(merge_, radius + x);
+      merged_.pool(merge_, column + x);
       for (int64_t i = 0; i < count; ++i) {
         const M own = S::load(planes_.planes.labels.at(d + i, h, begin + x)), valid = own >= 0;
-        const V slope = S::load(slopes_.slopes(i) + radius + x) * (1 / kProbabilityScale<T>);
+        const V slope = S::load(slopes_.slopes(i) + column + x) * (1 / kProbabilityScale<T>);
         T* out = anchors_.at(d + i, h, begin + x);
         for (int64_t c = 0; c < planes_.channels(); ++c) {
           const V g = slope * target_share(weights_, planes_.smoothed, c, own) / merged_.at(c, i);
@@ -236,7 +237,7 @@ class RegionProbsBackward {
       TileOutput<T> out{{}, gathered_.class_stride};
       for (int64_t i = 0; i < kRegionStrip; ++i)
         out.row[i] = gathered_.data + smaller(i, count - 1) * gathered_.plane_stride + x;
-      gather_.run(2 * p_.radius[2] + x, out, nullptr);
+      gather_.run(ring_margin<T>(p_) + x, out, nullptr);
     }
     for (int64_t i = 0; i < count; ++i) {
       const T* gathered = gathered_.data + i * gathered_.plane_stride;

@@ -15,6 +15,7 @@ class TileWindows {
   using S = Simd<T>;
   using V = typename S::V;
   using M = typename S::M;
+  using Mask = typename S::Mask;
   using Int = typename S::Int;
   static constexpr int kLanes = S::lanes;
 
@@ -57,24 +58,19 @@ class TileWindows {
     return S::masked(own >= 0, total);
   }
 
-  // Calls f(c, std::bool_constant) for all classes, with false only where no centre of the planned tile has
-  // that label.
+  // Calls f(c) for the classes that centres of the planned tile have.
   template <class F>
-  DYNPLAN_INLINE void for_classes(F f) const {
-    int64_t c = 0;
-    for (int l = 0; kind_ != Kind::taps && l < num_labels_; ++l) {
-      for (; c < label_[l]; ++c) f(c, std::false_type());
-      f(c++, std::true_type());
-    }
-    for (; kind_ != Kind::taps && c < p_.classes; ++c) f(c, std::false_type());
-    for (; c < p_.classes; ++c) f(c, std::true_type());
+  DYNPLAN_INLINE void for_labels(F f) const {
+    for (int l = 0; l < num_labels_; ++l) f(static_cast<int64_t>(label_[l]));
+    for (int64_t c = 0; num_labels_ < 0 && c < p_.classes; ++c) f(c);
   }
 
  protected:
-  // `plain`: all windows hold one label. `masked`: the centres have few labels; the sums of each are taken
-  // over its own pixels, and centres choose theirs. `taps`: pixel by pixel, whatever the labels and weights.
+  // `plain`: all windows hold one label. `masked`: the centres of a column have few labels; there is a pass
+  // for the first of each column, for the second, ... over the pixels that have it. `taps`: pixel by pixel,
+  // whatever the labels and weights.
   enum class Kind { plain, masked, taps };
-  static constexpr int kMaxLabels = 4;
+  static constexpr int kMaxPasses = 3, kMaxLabels = 4;
 
   struct Row {
     int64_t label, value;  // offsets in the rings, to be added to a column
@@ -82,6 +78,17 @@ class TileWindows {
   struct Tap {
     int64_t label, value;
     T weight;
+  };
+  struct Pass {
+    int64_t begin, end;             // rows of the strip that its centres are in
+    M mine[kRegionStrip];           // its centres,
+    M taken[kRegionStrip];          // and those of the passes before
+    std::unique_ptr<Mask[]> masks;  // its pixels, 2 r + 1 columns to a row
+
+    void reach(int64_t i) {
+      begin = smaller(begin, i);
+      end = larger(end, i + 1);
+    }
   };
 
   // `labels` holds classes, or -1. Both rings start at one column.
@@ -93,7 +100,7 @@ class TileWindows {
     for (int64_t i = 0; i < strip_; ++i) taps_[i].reset(new Tap[taps]);
     rows_.reset(new Row[rows]);
     ring_.reset(new int[rows]);
-    for (auto& masks : masks_) masks.reset(new M[rows * (2 * r + 1)]);
+    for (Pass& pass : passes_) pass.masks.reset(new Mask[rows * (2 * r + 1)]);
     agree_.reset(new M[strip_ * taps]);
     extra_.reset(new Tap[strip_ * taps]);
     for (int axis = 0; axis < 2; ++axis) {
@@ -103,20 +110,22 @@ class TileWindows {
     }
   }
 
-  // The tile of centres in the ring's columns [column, column + kLanes).
+  // Whether windows are of one plane of the march: a single group, of ring 0.
+  bool flat() const { return strip_ > 1 && num_groups_ == 1 && ring_[0] == 0; }
+
+  // Finds out about the tile of centres in the ring's columns [column, column + kLanes).
   void plan(int64_t column) {
-    num_labels_ = 0;
-    kind_ = Kind::taps;
-    if (nested_) {
-      label_[0] = own_[0][column];
-      if (label_[0] >= 0 && same_everywhere(column, label_[0])) {
-        num_labels_ = 1;
-        kind_ = Kind::plain;
-      } else if (find_labels(column)) {
-        kind_ = Kind::masked;
-      }
+    label_[0] = own_[0][column];
+    if (nested_ && label_[0] >= 0 && same_everywhere(column, label_[0])) {
+      kind_ = Kind::plain;
+      num_labels_ = num_passes_ = 1;
+    } else if (nested_ && find_passes(column)) {
+      kind_ = Kind::masked;
+    } else {
+      kind_ = Kind::taps;
+      num_labels_ = -1;
+      find_taps(column);
     }
-    if (kind_ == Kind::taps) find_taps(column);
   }
 
   const RegionCrossEntropyParams& p_;
@@ -134,11 +143,11 @@ class TileWindows {
 
   // The planned tile.
   Kind kind_ = Kind::plain;
-  int num_labels_ = 0;
-  Int label_[kMaxLabels];                   // ascending
-  M mine_[kMaxLabels][kRegionStrip];        // centres of each label
-  std::unique_ptr<M[]> masks_[kMaxLabels];  // pixels of each label, 2 r + 1 columns to a row
-  std::unique_ptr<M[]> agree_;              // lanes that take a tap of extra_
+  int num_labels_ = 0;  // of the centres; -1: many
+  Int label_[kMaxLabels];
+  int num_passes_ = 0;
+  Pass passes_[kMaxPasses];
+  std::unique_ptr<M[]> agree_;  // lanes that take a tap of extra_
   std::unique_ptr<Tap[]> extra_;
   int64_t first_extra_[kRegionStrip + 1];  // taps of row i: [first_extra_[i], first_extra_[i + 1])
 
@@ -157,31 +166,66 @@ class TileWindows {
     return S::all(same);
   }
 
-  // The labels of the centres, unless they are too many.
-  bool find_labels(int64_t column) {
-    M own[kRegionStrip];
-    for (int64_t i = 0; i < kRegionStrip; ++i)
+  // The passes of a masked tile, unless they are too many.
+  bool find_passes(int64_t column) {
+    M own[kRegionStrip], taken[kRegionStrip], label[kMaxPasses];
+    for (int64_t i = 0; i < kRegionStrip; ++i) {
       own[i] = i < count_ ? S::load(own_[i] + column) : S::fill_int(-1);
-    for (int64_t i = 0; i < count_; ++i)
-      while (const unsigned left = S::bits(own[i] >= 0)) {
-        if (num_labels_ == kMaxLabels) return false;
-        const Int label = own[i][std::countr_zero(left)];
-        for (int64_t j = 0; j < kRegionStrip; ++j) own[j] |= own[j] == label;  // -1: done
-        int l = num_labels_++;
-        for (; l > 0 && label_[l - 1] > label; --l) label_[l] = label_[l - 1];
-        label_[l] = label;
-      }
-    for (int l = 0; l < num_labels_; ++l) {
-      for (int64_t i = 0; i < kRegionStrip; ++i)
-        mine_[l][i] = i < count_ ? S::load(own_[i] + column) == label_[l] : M{};
-      // One by one from the labels: loads that straddle what was just stored would wait for it.
-      M* mask = masks_[l].get();
-      for (int64_t row = 0; row < num_rows_; ++row) {
-        const Int* labels = labels_.data + rows_[row].label + column;
-        for (int x = -p_.radius[2]; x <= p_.radius[2]; ++x) *mask++ = S::load(labels + x) == label_[l];
+      taken[i] = S::fill_int(i < count_ ? 0 : -1);  // rows that do not exist leave what they repeat
+    }
+    for (num_passes_ = 0;; ++num_passes_) {
+      M next = own[0];  // of each column
+      for (int64_t i = 1; i < kRegionStrip; ++i) next = next >= 0 ? next : own[i];
+      const bool done = !S::bits(next >= 0);
+      if (done && num_passes_ > 0) break;
+      if (num_passes_ == kMaxPasses) return false;
+      label[num_passes_] = next;
+      Pass& pass = passes_[num_passes_];
+      pass.begin = kRegionStrip;
+      pass.end = 0;
+      for (int64_t i = 0; i < kRegionStrip; ++i) {
+        pass.mine[i] = (own[i] == next) & (next >= 0);
+        pass.taken[i] = taken[i];
+        taken[i] |= pass.mine[i];
+        own[i] |= pass.mine[i];  // -1: done
+        if (S::bits(pass.mine[i])) pass.reach(i);
       }
     }
+    // Rows that are ignored altogether have to be written too.
+    for (int64_t i = 0; i < count_; ++i)
+      if (!S::bits(taken[i])) passes_[0].reach(i);
+    for (int l = 0; l < num_passes_; ++l) find_pixels(passes_[l], column, label[l]);
+    find_labels(label);
     return true;
+  }
+
+  void find_pixels(Pass& pass, int64_t column, M label) {
+    label = label >= 0 ? label : S::fill_int(-2);
+    // One by one from the labels: loads that straddle what was just stored would wait for it.
+    const int r = p_.radius[2];
+    const int64_t begin = flat() ? pass.begin : 0, end = flat() ? pass.end + 2 * r : num_rows_;
+    Mask* mask = pass.masks.get() + begin * (2 * r + 1);
+    for (int64_t row = begin; row < end; ++row) {
+      const Int* labels = labels_.data + rows_[row].label + column;
+      for (int x = -r; x <= r; ++x) *mask++ = S::equal(S::load(labels + x), label);
+    }
+  }
+
+  void find_labels(const M* label) {
+    num_labels_ = 0;
+    for (int pass = 0; pass < num_passes_; ++pass) {
+      M rest = label[pass];
+      for (int l = 0; l < num_labels_; ++l) rest |= rest == label_[l];
+      while (const unsigned left = S::bits(rest >= 0)) {
+        if (num_labels_ == kMaxLabels) {
+          num_labels_ = -1;
+          return;
+        }
+        const Int found = rest[std::countr_zero(left)];
+        rest |= rest == found;
+        label_[num_labels_++] = found;
+      }
+    }
   }
 
   // (Kept without branches: most taps agree nowhere.)

@@ -111,6 +111,7 @@ class UpsampledGradient {
     full_ = support(low);
     next_ = low.begin[0];
     rows_.reset(row_memory_, full_, p_.classes, 2);
+    std::memset(rows_.data, 0, 2 * rows_.plane_stride * sizeof(T));
     folded_.reset(folded_memory_, low.row(), p_.classes, 1);
   }
 

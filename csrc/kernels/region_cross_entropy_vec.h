@@ -19,6 +19,13 @@ typedef float Lanes256 __attribute__((vector_size(32)));
 typedef double Pairs256 __attribute__((vector_size(32)));
 #endif
 
+// Whether comparisons leave a bit per lane in a register of its own kind.
+#if DYNPLAN_VECTOR_MASKS
+inline constexpr bool kVectorMasks = true;
+#else
+inline constexpr bool kVectorMasks = false;
+#endif
+
 template <class T>
 struct Simd {
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -35,6 +42,13 @@ struct Simd {
   DYNPLAN_INLINE static M load(const Int* p) { return *reinterpret_cast<const AnyM*>(p); }
   DYNPLAN_INLINE static void store(Int* p, M v) { *reinterpret_cast<AnyM*>(p) = v; }
   DYNPLAN_INLINE static void store(T* p, V v) { *reinterpret_cast<AnyV*>(p) = v; }
+  // The first `count` elements; 0 after them.
+  DYNPLAN_INLINE static V load_first(const T* p, int64_t count) {
+    if (count >= lanes) return load(p);
+    V v{};
+    std::memcpy(&v, p, count * sizeof(T));
+    return v;
+  }
   DYNPLAN_INLINE static V fill(T value) { return V{} + value; }
   DYNPLAN_INLINE static M fill_int(Int value) { return M{} + value; }
   DYNPLAN_INLINE static V masked(M mask, V v) { return std::bit_cast<V>(mask & std::bit_cast<M>(v)); }
@@ -65,6 +79,29 @@ struct Simd {
     for (int lane = 0; lane < lanes; ++lane) v[lane] = f(v[lane]);
     return v;
   }
+
+  // Lanes that are wanted, in the form that takes least to keep and to apply; and the vector at `p`, 0 where
+  // it is not wanted.
+#if DYNPLAN_VECTOR_MASKS
+  using Mask = __mmask8;
+  DYNPLAN_INLINE static Mask equal(M a, M b) {
+    return _mm256_cmpeq_epi32_mask(std::bit_cast<__m256i>(a), std::bit_cast<__m256i>(b));
+  }
+  DYNPLAN_INLINE static V masked(Mask wanted, V v) {
+    return std::bit_cast<V>(_mm256_maskz_mov_ps(wanted, std::bit_cast<__m256>(v)));
+  }
+  DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
+    return std::bit_cast<V>(_mm256_maskz_loadu_ps(wanted, p));
+  }
+#else
+  using Mask = M;
+  DYNPLAN_INLINE static Mask equal(M a, M b) {
+    return a == b;
+  }
+  DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
+    return masked(wanted, load(p));
+  }
+#endif
 
   // e^x for x <= 88, within 1 ulp for float; 0 where it is below the smallest normal number. NaN passes
   // through. Range reduction by a multiple of ln 2, then a minimax polynomial, its terms paired: this is

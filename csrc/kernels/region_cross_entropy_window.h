@@ -24,17 +24,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Zeroed scratch memory that grows.
+// Scratch memory that grows. It holds zeros at first, then what was left there.
 template <class T>
 class Scratch {
  public:
-  T* zeroed(int64_t count) {
+  T* get(int64_t count) {
     if (count > capacity_) {
-      memory_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
+      const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+      memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (!memory_) throw std::bad_alloc();
+      std::memset(memory_.get(), 0, bytes);
       capacity_ = count;
     }
-    std::memset(memory_.get(), 0, count * sizeof(T));
     return memory_.get();
   }
 
@@ -131,7 +132,7 @@ struct Ring {
         (ceil_div(box.extent(2) + DYNPLAN_VECTOR_BYTES / static_cast<int64_t>(sizeof(T)), kLine) | 1) * kLine;
     row_stride = class_stride * classes;
     plane_stride = row_stride * box.extent(1);
-    data = scratch.zeroed(plane_stride * planes + kLine);
+    data = scratch.get(plane_stride * planes + kLine);
   }
 
   // d may lie before the image.
@@ -150,6 +151,14 @@ void exchange(A& a, A& b) {
   const A kept = a;
   a = b;
   b = kept;
+}
+
+// Columns of a ring before those of the box: room for windows and for the vectors beside a tile, such that
+// tiles of the box begin with a cache line.
+template <class T>
+int64_t ring_margin(const RegionCrossEntropyParams& p) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return p.radius[2] == 0 ? 0 : ceil_div(2 * kRegionMaxRadius, kLine) * kLine;
 }
 
 inline bool is_image(const RegionCrossEntropyParams& p) {
