@@ -87,7 +87,7 @@ class WholeForward:
                 facts.packed,
                 *facts.shape,
                 self.reads_first,
-                facts.watch,
+                None if torch.jit.is_tracing() else facts.watch,  # a trace outlives the watch
             )
         except (IndexError, RuntimeError, TypeError, ValueError):
             self._facts = None  # perhaps weights have changed

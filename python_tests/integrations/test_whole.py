@@ -2,6 +2,7 @@
 bits than the long way."""
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -214,6 +215,19 @@ def test_errors_are_those_of_the_long_way(calls):
     ):
         with pytest.raises(error, match=text):
             model(**inputs | change)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_traces_outlive_the_model(calls):
+    model = dynplan.swap(tiny(task="Model"))
+    assert is_whole(model, calls)
+    inputs = tuple(batch().values())
+    states = model(*inputs)[0]
+    traced = torch.jit.trace(model, inputs, strict=False)
+    del model
+    gc.collect()
+    assert torch.equal(traced(*inputs)["last_hidden_state"], states)
 
 
 @torch.no_grad()
