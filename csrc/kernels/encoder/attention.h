@@ -100,7 +100,7 @@ inline void attend(float* qkv, int64_t length, int64_t head, const AttentionShap
       const int64_t columns = round_up(count, kPanel);
       scoring.run([&] {
         multiply(rows, depth, queries + row * s.row_step, s.row_step,
-                 {key_panels + begin * depth, kPanel, depth * kPanel}, 0, columns / kPanel, {nullptr, 0},
+                 {key_panels + begin * depth, kPanel, depth * kPanel}, {0, columns / kPanel}, {nullptr, 0},
                  scores, kScoreStep, kNoFinish);
       });
       for (int r = 0; r < rows; ++r) {
@@ -121,8 +121,8 @@ inline void attend(float* qkv, int64_t length, int64_t head, const AttentionShap
       }
       mixing.run([&] {
         multiply(rows, count, scores, kScoreStep,
-                 {v_panels.data + begin * v_panels.step, v_panels.step, v_panels.stride}, 0, padded / kPanel,
-                 {begin == 0 ? nullptr : context, padded}, context, padded, kNoFinish);
+                 {v_panels.data + begin * v_panels.step, v_panels.step, v_panels.stride},
+                 {0, padded / kPanel}, {begin == 0 ? nullptr : context, padded}, context, padded, kNoFinish);
       });
     }
     for (int r = 0; r < rows; ++r) {

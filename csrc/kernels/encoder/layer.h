@@ -138,21 +138,20 @@ inline Operand up_operand(const Layer& l, int64_t rows, const float* up) {
   return Operand(l.at.type, rows, l.p.intermediate_size, up, l.up_step);
 }
 
-// The four products of a layer on `rows` rows, panels [first, last) of each. x, y: hidden-wide buffers.
+// The four products of a layer on `rows` rows, `panels` of each. x, y: hidden-wide buffers.
 
-inline void project_qkv(const Layer& l, int64_t rows, const Operand& x, float* qkv, int64_t first,
-                        int64_t last) {
+inline void project_qkv(const Layer& l, int64_t rows, const Operand& x, float* qkv, Range panels) {
   const PhaseTimer timer(l.p.phases, Phase::qkv);
-  multiply_packed(l.at.type, rows, l.p.hidden_size, x, l.weights + l.at.qkv, first, last,
+  multiply_packed(l.at.type, rows, l.p.hidden_size, x, l.weights + l.at.qkv, panels,
                   l.weights + l.at.qkv_bias, qkv, l.qkv_step, kNoFinish);
 }
 
 // y = x + Wo context + bo
 inline void project_context(const Layer& l, int64_t rows, const Operand& context, const float* x, float* y,
-                            int64_t first, int64_t last) {
+                            Range panels) {
   const PhaseTimer timer(l.p.phases, Phase::output);
   const int64_t step = l.row_step;
-  multiply_packed(l.at.type, rows, l.p.hidden_size, context, l.weights + l.at.output, first, last,
+  multiply_packed(l.at.type, rows, l.p.hidden_size, context, l.weights + l.at.output, panels,
                   l.weights + l.at.output_bias, y, step,
                   [=](int64_t row, int count, int64_t column, int64_t columns) {
                     add_tile(y + row * step + column, step, x + row * step + column, step, count, columns);
@@ -160,21 +159,20 @@ inline void project_context(const Layer& l, int64_t rows, const Operand& context
 }
 
 // up = act(W1 y + b1)
-inline void expand(const Layer& l, int64_t rows, const Operand& y, float* up, int64_t first, int64_t last) {
+inline void expand(const Layer& l, int64_t rows, const Operand& y, float* up, Range panels) {
   const PhaseTimer timer(l.p.phases, Phase::up);
-  multiply_packed(l.at.type, rows, l.p.hidden_size, y, l.weights + l.at.up, first, last,
-                  l.weights + l.at.up_bias, up, l.up_step,
-                  [&](int64_t row, int count, int64_t column, int64_t columns) {
+  multiply_packed(l.at.type, rows, l.p.hidden_size, y, l.weights + l.at.up, panels, l.weights + l.at.up_bias,
+                  up, l.up_step, [&](int64_t row, int count, int64_t column, int64_t columns) {
                     activate_tile(l.p.activation, up + row * l.up_step + column, l.up_step, count, columns);
                   });
 }
 
 // x = y + W2 up + b2
-inline void contract(const Layer& l, int64_t rows, const Operand& up, const float* y, float* x, int64_t first,
-                     int64_t last) {
+inline void contract(const Layer& l, int64_t rows, const Operand& up, const float* y, float* x,
+                     Range panels) {
   const PhaseTimer timer(l.p.phases, Phase::down);
   const int64_t step = l.row_step;
-  multiply_packed(l.at.type, rows, l.p.intermediate_size, up, l.weights + l.at.down, first, last,
+  multiply_packed(l.at.type, rows, l.p.intermediate_size, up, l.weights + l.at.down, panels,
                   l.weights + l.at.down_bias, x, step,
                   [=](int64_t row, int count, int64_t column, int64_t columns) {
                     add_tile(x + row * step + column, step, y + row * step + column, step, count, columns);
@@ -202,12 +200,11 @@ inline void second_norm_and_scatter(const Layer& l, int64_t begin, int64_t rows,
 // overwritten, as y and up are; up may be the very rows of qkv.
 inline void finish_rows(const Layer& l, int64_t begin, int64_t rows, const float* qkv, float* x, float* y,
                         float* up) {
-  const int64_t panels = round_up(l.p.hidden_size, kPanel) / kPanel;
-  const int64_t up_panels = round_up(l.p.intermediate_size, kPanel) / kPanel;
-  project_context(l, rows, operand(l, rows, qkv, l.qkv_step), x, y, 0, panels);
+  const Range all = all_panels(l.p.hidden_size);
+  project_context(l, rows, operand(l, rows, qkv, l.qkv_step), x, y, all);
   first_norm(l, rows, y);
-  expand(l, rows, operand(l, rows, y, l.row_step), up, 0, up_panels);
-  contract(l, rows, up_operand(l, rows, up), y, x, 0, panels);
+  expand(l, rows, operand(l, rows, y, l.row_step), up, all_panels(l.p.intermediate_size));
+  contract(l, rows, up_operand(l, rows, up), y, x, all);
   second_norm_and_scatter(l, begin, rows, x);
 }
 

@@ -121,30 +121,31 @@ struct Operand {
   }
 };
 
-// Panels [first, last) of c = start + a b, b packed as `type`.
+// `range` of the panels of c = start + a b, b packed as `type`.
 template <class Finish>
 void multiply_packed(WeightType type, int64_t rows, int64_t depth, const Operand& a, const float* panels,
-                     int64_t first, int64_t last, const float* bias, float* c, int64_t c_step,
-                     Finish finish) {
+                     Range range, const float* bias, float* c, int64_t c_step, Finish finish) {
   const int64_t stride = panel_steps(type, depth) * kPanel;
   const Panels b = {panels, kPanel, stride};
   if (type == WeightType::float32)
-    return multiply(rows, depth, a.rows, a.step, b, first, last, {bias, 0}, c, c_step, finish);
+    return multiply(rows, depth, a.rows, a.step, b, range, {bias, 0}, c, c_step, finish);
 #ifdef DYNPLAN_PAIR_INSTRUCTIONS
   if (a.pairs)
-    return multiply<PairTile>(rows, panel_steps(type, depth), a.rows, a.step, b, first, last, {bias, 0}, c,
-                              c_step, finish);
+    return multiply<PairTile>(rows, panel_steps(type, depth), a.rows, a.step, b, range, {bias, 0}, c, c_step,
+                              finish);
 #endif
   float* wide = thread_pairs(rows, depth);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
-  for (int64_t panel = first; panel < last; panel += kTilePanels) {
-    const int64_t count = last - panel < kTilePanels ? last - panel : kTilePanels, begin = panel * kPanel;
+  for (int64_t panel = range.first; panel < range.last; panel += kTilePanels) {
+    const int64_t count = range.last - panel < kTilePanels ? range.last - panel : kTilePanels,
+                  begin = panel * kPanel;
+    const int64_t next = panel + count < range.last ? panel + count : range.next;
     widen_panels(panels + panel * stride, count, depth, wide);
     // The next panels of pairs, in equal shares of bytes a step.
-    const Ahead after = {reinterpret_cast<const char*>(panels + (panel + count) * stride),
-                         panel + count < last ? 2 * kPanel * count / tiles : 0};
+    const Ahead after = {reinterpret_cast<const char*>(panels + (next < 0 ? 0 : next) * stride),
+                         next < 0 ? 0 : 2 * kPanel * count / tiles};
     multiply(
-        rows, depth, a.rows, a.step, {wide, kPanel, depth * kPanel}, 0, count, {bias + begin, 0}, c + begin,
+        rows, depth, a.rows, a.step, {wide, kPanel, depth * kPanel}, {0, count}, {bias + begin, 0}, c + begin,
         c_step,
         [&](int64_t row, int tile_rows, int64_t column, int64_t columns) {
           finish(row, tile_rows, begin + column, columns);

@@ -28,6 +28,17 @@ struct Panels {
   int64_t stride;  // floats from one panel to the next
 };
 
+// Panels [first, last), and where their thread will probably go on: -1 for nowhere.
+struct Range {
+  int64_t first, last;
+  int64_t next = -1;
+};
+
+// Of a weight with so many columns.
+constexpr Range all_panels(int64_t columns) {
+  return {0, round_up(columns, kPanel) / kPanel};
+}
+
 // What a tile starts from: a row to be repeated (row_step 0), a matrix, or nothing (null).
 struct Start {
   const float* data;
@@ -115,28 +126,28 @@ void for_row_tiles(int64_t rows, Body body) {
 // The next panels, asked for in equal shares by the tiles of these. Pays with two to six tiles of weights
 // that come from memory (one text: 80 to 92 GFLOP/s at 25 rows); with one tile there is no time to hide
 // anything, with many the hardware's own prefetching is enough.
-inline Ahead next_panels(int64_t rows, const Panels& b, int64_t next, int64_t last, int panels) {
+inline Ahead next_panels(int64_t rows, const Panels& b, int64_t next, int panels) {
   constexpr int64_t kLine = 64;
-  if (next >= last || b.step != kPanel) return {reinterpret_cast<const char*>(b.data), 0};
+  if (next < 0 || b.step != kPanel) return {reinterpret_cast<const char*>(b.data), 0};
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   const int64_t bytes = 4 * kPanel * panels / tiles;  // of the next panels, per k of each tile
   const bool pays = bytes <= kLine && bytes >= kLine / 4;
   return {reinterpret_cast<const char*>(b.data + next * b.stride), pays ? bytes : 0};
 }
 
-// Panels [first, last) of c = start + a b, in tiles of Kernel; finish(row, rows, column, columns) is called
+// `range` of the panels of c = start + a b, in tiles of Kernel; finish(row, rows, column, columns) is called
 // on each tile of c as soon as it is stored, while it is in the first-level cache. after: what the last
 // panels' tiles ask for.
 template <class Kernel = FloatTile, class Finish>
-void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_step, Panels b, int64_t first,
-              int64_t last, Start start, float* c, int64_t c_step, Finish finish,
-              Ahead after = {nullptr, 0}) {
-  for (int64_t panel = first; panel < last;) {
-    const int panels = last - panel >= kTilePanels ? kTilePanels : 1;
+void multiply(int64_t rows, int64_t depth, const float* a, int64_t a_step, Panels b, Range range, Start start,
+              float* c, int64_t c_step, Finish finish, Ahead after = {nullptr, 0}) {
+  for (int64_t panel = range.first; panel < range.last;) {
+    const int panels = range.last - panel >= kTilePanels ? kTilePanels : 1;
     const int64_t column = panel * kPanel;
-    Ahead ahead = panel + panels < last || after.data == nullptr
-                      ? next_panels(rows, b, panel + panels, last, panels)
-                      : after;
+    const bool is_last = panel + panels >= range.last;
+    Ahead ahead = is_last && after.data != nullptr
+                      ? after
+                      : next_panels(rows, b, is_last ? range.next : panel + panels, panels);
     for_row_tiles(rows, [&](int64_t row, int count) {
       kTiles<Kernel>.tiles[panels - 1][count - 1](
           {depth,

@@ -56,7 +56,7 @@ inline void attend_all(const Layer& l, Member& member, float* qkv, float* scratc
   }
   const AttentionShape shape = attention_shape(l, longest_sequence(l));
   total *= l.p.heads;
-  member.share_out(kRanges, [&](int64_t first, int64_t last) {
+  member.share_out(kRanges, [&](int64_t first, int64_t last, int64_t) {
     const PhaseTimer timer(l.p.phases, Phase::attention);
     const int64_t from = total / kRanges * first + total % kRanges * first / kRanges;
     const int64_t to = total / kRanges * last + total % kRanges * last / kRanges;
@@ -83,19 +83,18 @@ inline int64_t scratch_by_rows(const Layer& l) {
 inline void run_by_rows(const Layer& l, Member& member, float* qkv, float* scratch) {
   const int64_t tiles = (l.active + kTileRows - 1) / kTileRows;
   const auto row = [&](int64_t tile) { return l.active * tile / tiles; };
-  const int64_t qkv_panels = round_up(3 * l.p.hidden_size, kPanel) / kPanel;
 
-  member.share_out(tiles, [&](int64_t first, int64_t last) {
+  member.share_out(tiles, [&](int64_t first, int64_t last, int64_t) {
     for_blocks(row(first), row(last), kGatherRows, [&](int64_t begin, int64_t end) {
       gather_rows(l, begin, end - begin, scratch);
-      project_qkv(l, end - begin, operand(l, end - begin, scratch, l.row_step), qkv + begin * l.qkv_step, 0,
-                  qkv_panels);
+      project_qkv(l, end - begin, operand(l, end - begin, scratch, l.row_step), qkv + begin * l.qkv_step,
+                  all_panels(3 * l.p.hidden_size));
     });
   });
   attend_all(l, member, qkv, scratch);
 
   const int64_t most = block_rows(l.p.hidden_size, l.p.intermediate_size);
-  member.share_out(tiles, [&](int64_t first, int64_t last) {
+  member.share_out(tiles, [&](int64_t first, int64_t last, int64_t) {
     float* y = scratch + most * l.row_step;
     for_blocks(row(first), row(last), most, [&](int64_t begin, int64_t end) {
       gather_rows(l, begin, end - begin, scratch);
@@ -119,13 +118,14 @@ inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* sc
   const auto over_panels = [&](int64_t columns, auto body) {
     const int64_t panels = round_up(columns, kPanel) / kPanel,
                   units = (panels + kTilePanels - 1) / kTilePanels;
-    member.share_out(units, [&](int64_t first, int64_t last) {
-      body(first * kTilePanels, last == units ? panels : last * kTilePanels);
+    const auto panel = [&](int64_t unit) { return unit == units ? panels : unit * kTilePanels; };
+    member.share_out(units, [&](int64_t first, int64_t last, int64_t next) {
+      body(Range{panel(first), panel(last), next == units ? -1 : panel(next)});
     });
   };
   const auto over_rows = [&](auto body) {
     const int64_t units = (rows + kNormRows - 1) / kNormRows;
-    member.share_out(units, [&](int64_t first, int64_t last) {
+    member.share_out(units, [&](int64_t first, int64_t last, int64_t) {
       body(first * kNormRows, (last == units ? rows : last * kNormRows) - first * kNormRows);
     });
   };
@@ -133,17 +133,15 @@ inline void run_by_columns(const Layer& l, Member& member, float* qkv, float* sc
   if (!gathered)
     over_rows([&](int64_t first, int64_t count) { gather_rows(l, first, count, x + first * l.row_step); });
   const Operand input = operand(l, rows, x, l.row_step);
-  over_panels(3 * width, [&](int64_t first, int64_t last) { project_qkv(l, rows, input, qkv, first, last); });
+  over_panels(3 * width, [&](Range panels) { project_qkv(l, rows, input, qkv, panels); });
   attend_all(l, member, qkv, scratch);
   const Operand context = operand(l, rows, qkv, l.qkv_step);
-  over_panels(width,
-              [&](int64_t first, int64_t last) { project_context(l, rows, context, x, y, first, last); });
+  over_panels(width, [&](Range panels) { project_context(l, rows, context, x, y, panels); });
   over_rows([&](int64_t first, int64_t count) { first_norm(l, count, y + first * l.row_step); });
   const Operand normed = operand(l, rows, y, l.row_step);
-  over_panels(l.p.intermediate_size,
-              [&](int64_t first, int64_t last) { expand(l, rows, normed, up, first, last); });
+  over_panels(l.p.intermediate_size, [&](Range panels) { expand(l, rows, normed, up, panels); });
   const Operand active = up_operand(l, rows, up);
-  over_panels(width, [&](int64_t first, int64_t last) { contract(l, rows, active, y, x, first, last); });
+  over_panels(width, [&](Range panels) { contract(l, rows, active, y, x, panels); });
   over_rows([&](int64_t first, int64_t count) {
     second_norm_and_scatter(l, first, count, x + first * l.row_step, stay);
   });
@@ -171,7 +169,8 @@ inline void run_together(const ConditionalEncoderParams& p, const Team& team, Pa
     float* scratch = thread_scratch(floats);
     reserve_pairs(p, larger(larger(kGatherRows, kFewRows), block_rows(p.hidden_size, p.intermediate_size)));
     Member member(team);
-    if (p.fill != nullptr) member.share_out(p.capacity, *p.fill);
+    if (p.fill != nullptr)
+      member.share_out(p.capacity, [&](int64_t begin, int64_t end, int64_t) { (*p.fill)(begin, end); });
     bool gathered = false;
     for (size_t i = 0; i < layers.size(); ++i) {
       const bool stays = stay(i);
@@ -197,8 +196,7 @@ inline void run_piece(const Layer& l, const Piece& piece, int64_t longest, int64
   // One block needs its QKV no more when the feed-forward begins, and has the memory in cache.
   float* up = rows <= most ? qkv : y + most * l.row_step;
   gather_rows(l, begin, rows, x);
-  project_qkv(l, rows, operand(l, rows, x, l.row_step), qkv, 0,
-              round_up(3 * l.p.hidden_size, kPanel) / kPanel);
+  project_qkv(l, rows, operand(l, rows, x, l.row_step), qkv, all_panels(3 * l.p.hidden_size));
   {
     const PhaseTimer timer(l.p.phases, Phase::attention);
     const AttentionShape shape = attention_shape(l, longest);

@@ -45,16 +45,23 @@ class Member {
  public:
   explicit Member(const Team& team) : team_(team) {}
 
-  // body(begin, end) on pieces of [0, units). Returns when all of them are done.
+  // body(begin, end, next) on pieces of [0, units). Returns when all of them are done. next: where this
+  // member will probably go on, if each of the others takes one piece meanwhile; `units` if nothing will be
+  // left.
   template <class Body>
   void share_out(int64_t units, Body body) {
     Stage& stage = team_.stage(next_++);
     const int64_t workers = team_.workers();
     for (int64_t begin = stage.taken.load(std::memory_order_relaxed); begin < units;) {
-      const int64_t fair = workers == 1 ? units : (units - begin) / (2 * workers);
-      const int64_t end = begin + (fair < 1 ? 1 : fair);
+      const auto piece = [&](int64_t from) {
+        const int64_t fair = workers == 1 ? units : (units - from) / (2 * workers);
+        return fair < 1 ? 1 : fair;
+      };
+      const int64_t end = begin + piece(begin);
       if (!stage.taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      body(begin, end);
+      int64_t next = end;
+      for (int64_t other = 1; other < workers && next < units; ++other) next += piece(next);
+      body(begin, end, next < units ? next : units);
       stage.done.fetch_add(end - begin, std::memory_order_release);
       begin = stage.taken.load(std::memory_order_relaxed);
     }
