@@ -39,6 +39,9 @@ inline constexpr auto plain_product = [](int64_t rows, int64_t columns, int64_t 
 
 constexpr int64_t kRowLevels = 127;
 
+// At most this many active rows share each product between threads (encoder/reduced_layer.h).
+constexpr int64_t kFewReducedRows = 64;
+
 // Below this a row or a channel counts as zero: 127 over it would not be finite.
 constexpr float kReducedSmallest = 1e-36f;
 
@@ -92,7 +95,7 @@ void pack_reduced_weights(const EncoderLayerTensors<T>& w, int64_t h, int64_t i,
 
 // Floats of workspace for at most `active` rows in any layer.
 constexpr int64_t reduced_workspace_floats(int64_t active, int64_t hidden_size, int64_t intermediate_size) {
-  const int64_t few = active < kFewRows ? active : kFewRows;
+  const int64_t few = active < kFewReducedRows ? active : kFewReducedRows;
   const int64_t widest = 3 * hidden_size > intermediate_size ? 3 * hidden_size : intermediate_size;
   return active * buffer_step(3 * hidden_size) + few * (2 * buffer_step(hidden_size) + 2 * widest + 1) +
          4 * kPanel;

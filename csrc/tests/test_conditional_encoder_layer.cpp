@@ -230,6 +230,7 @@ int main() {
     against_loops({std::vector<int32_t>(45, 12), 2, 8, 24, 4, Activation::silu, type}, ++seed);
   against_loops({{300}, 3, 5, 33, 1, Activation::gelu, WeightType::bfloat16}, ++seed);  // shared by rows
   against_loops({{20}, 2, 16, 48, 6, Activation::gelu}, ++seed);  // rows stay where the last layer left them
+  against_loops({{70, 41}, 3, 16, 80, 3, Activation::gelu}, ++seed);  // many tiles by columns
   dispatch_problems();
   return dynplan::test::finish("conditional_encoder_layer");
 }

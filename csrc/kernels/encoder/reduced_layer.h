@@ -251,7 +251,7 @@ void reduced_encoder(const ConditionalEncoderParams& p, ReducedProduct product, 
     const ReducedLayer l = {layer_of(p, index), ReducedLayout(p.hidden_size, p.intermediate_size),
                             static_cast<const char*>(p.packed[index]), product};
     if (l.rows.active == 0) continue;
-    if (l.rows.active <= kFewRows)
+    if (l.rows.active <= kFewReducedRows)
       reduced_together(l, p.workspace, parallel);
     else
       reduced_by_rows(l, p.workspace, parallel);
