@@ -18,7 +18,8 @@ struct Case {
   double p = 5, smoothing = 0;
   RegionMerge merge = RegionMerge::logits;
   RegionNormalize normalize = RegionNormalize::weight;
-  int64_t object = 0;  // columns and rows of one label; 0: short runs along rows, some ignored
+  int64_t object = 0;   // planes, rows and columns of one label; 0: short runs along rows, some ignored
+  int64_t ignored = 0;  // rows from one that is ignored to the next
 };
 
 bool close(double a, double b, double tolerance) {
@@ -39,7 +40,9 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
     if (random() % 6 == 0) run = static_cast<int64_t>(random() % 3) - (random() % 10 == 0 ? 100 : 0);
     y = run < 0 ? -100 : run % c.classes;
     const int64_t i = &y - target.data(), row = i / c.size[2] % c.size[1], column = i % c.size[2];
-    if (c.object > 0) y = (row / c.object + column / c.object) % c.classes;
+    const int64_t plane = i / (c.size[1] * c.size[2]) % c.size[0];
+    if (c.object > 0) y = (plane / c.object + row / c.object + column / c.object) % c.classes;
+    if (c.ignored > 0 && row % c.ignored == 0) y = -100;
   }
 
   RegionCrossEntropyParams params;
@@ -159,6 +162,9 @@ int main() {
     cases.push_back(Case{.size = {1, 41, 70}, .radius = {0, radius, radius}, .object = 19});
   }
   cases.push_back(Case{.size = {5, 21, 30}, .radius = {1, 1, 1}, .object = 9});
+  cases.push_back(Case{.size = {6, 21, 30}, .radius = {1, 1, 1}, .object = 5});
+  for (int64_t ignored : {1, 2, 5})
+    cases.push_back(Case{.size = {1, 41, 70}, .object = 11, .ignored = ignored});
   cases.push_back(Case{.size = {1, 1, 1}, .radius = {0, 7, 7}});
   cases.push_back(Case{.batch = 0});
 
