@@ -3,9 +3,9 @@
 //   static void forward(const char* op, const at::Tensor& input, const Params&, const State&)
 //   static void backward(const char* op, const at::Tensor& input, const Params&, const State&, const Grad&)
 // and, where it has them, the op that does both at once and returns what the gradient is to be multiplied by,
-// and something to be done with a new gradient:
+// and memory of its own for gradients:
 //   static double once(const char* op, const Params&, const State&, const Grad&)
-//   static void allocated(const at::Tensor&)
+//   static at::Tensor empty_like(const at::Tensor& input)
 #pragma once
 
 #include <ATen/ops/empty_like.h>
@@ -66,8 +66,11 @@ class RegionCrossEntropyOps {
 
   // A new gradient of `input`, and where it goes.
   static Tensor grad_input_of(const Tensor& input, kernels::RegionCrossEntropyGrad& grad) {
-    Tensor grad_input = at::empty_like(input);
-    if constexpr (requires { Backend::allocated(grad_input); }) Backend::allocated(grad_input);
+    Tensor grad_input;
+    if constexpr (requires { Backend::empty_like(input); })
+      grad_input = Backend::empty_like(input);
+    else
+      grad_input = at::empty_like(input);
     grad.grad_input = grad_input.mutable_data_ptr();
     const int64_t axes = input.dim() - 2;
     grad.grad_input_stride[0] = grad_input.stride(0);

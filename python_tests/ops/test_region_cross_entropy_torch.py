@@ -281,3 +281,35 @@ def test_offsets_beyond_32_bits():
     input = memory.as_strided((2, 2, 3, 3), (2**31, 9, 3, 1)).copy_(torch.randn(2, 2, 3, 3))
     target = torch.randint(2, (2, 3, 3))
     assert torch.equal(region_cross_entropy(input, target), region_cross_entropy(input.contiguous(), target))
+
+
+def test_memory_of_a_large_gradient_is_kept_for_the_next_one():
+    input = torch.randn(1, 4, 512, 512, requires_grad=True)  # 4 MiB
+    target = torch.randint(4, (1, 512, 512))
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(region_cross_entropy(input, target), input)[0]
+
+    first = gradient()
+    expected, address = first.clone(), first.data_ptr()
+    second = gradient()
+    assert second.data_ptr() != address  # the first is alive
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+    del first
+    third = gradient()
+    assert third.data_ptr() == address
+    assert torch.equal(third, expected) and torch.equal(second, expected)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "cropped"])
+def test_large_gradients_have_the_strides_of_empty_like(layout):
+    input = torch.randn(1, 4, 520, 520)[..., :512, :512]
+    if layout == "channels_last":
+        input = input.contiguous(memory_format=torch.channels_last)
+    input.requires_grad_()
+    target = torch.randint(4, (1, 512, 512))
+    gradient = torch.autograd.grad(region_cross_entropy(input, target), input)[0]
+    assert gradient.stride() == torch.empty_like(input).stride()
+    dense = input.detach().contiguous().requires_grad_()
+    expected = torch.autograd.grad(region_cross_entropy(dense, target), dense)[0]
+    assert torch.equal(gradient, expected)

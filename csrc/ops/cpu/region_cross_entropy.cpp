@@ -1,5 +1,5 @@
 #include "kernels/region_cross_entropy_cpu.h"
-#include "ops/cpu/huge_pages.h"
+#include "ops/cpu/kept_memory.h"
 #include "ops/cpu/parallel.h"
 #include "ops/region_cross_entropy_backend.h"
 
@@ -37,7 +37,7 @@ struct CpuRegionCrossEntropy {
     return factor;
   }
 
-  static void allocated(const at::Tensor& gradient) { prefer_huge_pages(gradient); }
+  static at::Tensor empty_like(const at::Tensor& input) { return empty_like_in_kept_memory(input); }
 };
 
 }  // namespace
