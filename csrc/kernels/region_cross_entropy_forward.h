@@ -224,7 +224,8 @@ class RegionForward {
     V sum{};
     for (int64_t c = 0; c < p_.classes; ++c) {
       const V z = own == static_cast<Int>(c) ? merged.label_sum[i] : merged_.at(c, i);
-      sum += out_.weights().at(c) * (merged.logsumexp[i] - z * scale);
+      // logsumexp - z, by way of the loss: exactly 0 where there is one class, and never below.
+      sum += out_.weights().at(c) * S::at_least(merged.loss[i] + (merged.label_sum[i] - z) * scale, 0);
     }
     return sum;
   }

@@ -211,6 +211,7 @@ __device__ __forceinline__ int logits_loss(const RegionCrossEntropyParams& p, in
   if (epsilon > 0)
     loss = (1 - epsilon) * loss +
            epsilon / static_cast<Acc>(p.classes) * (region_total_weight<Acc>(p) * lse - smoothed);
+  if (loss < 0) loss = 0;  // by rounding, where there is one class
   return agreement;
 }
 

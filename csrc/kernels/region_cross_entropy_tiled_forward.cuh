@@ -113,6 +113,7 @@ __global__ void __launch_bounds__(kThreads, R <= 2 && !kSmoothing ? 2 : 1)
       if (valid[i])
         loss[i] = (1 - epsilon) * loss[i] +
                   epsilon / static_cast<float>(classes) * (total_weight * lse - kLn2 * smoothed[i]);
+    if (loss[i] < 0) loss[i] = 0;  // by rounding, where there is one class
     if (valid[i]) normalizer += region_power(weight, p.p);
     if (x >= p.size[2] || y >= p.size[1]) continue;
     const int64_t anchor = (at.n * p.size[1] + y) * p.size[2] + x;

@@ -192,6 +192,20 @@ def test_degenerate_shapes(shape, merge):
         assert value == 0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("merge", ["logits", "probs"])
+@pytest.mark.parametrize("p", [1.0, 2.7, 5.0])
+def test_one_class_has_no_loss(merge, smoothing, p):
+    input, target = case(9, 140, classes=1, labelled=1, dtype=torch.float32)
+    weight = torch.tensor([0.7])
+    for kernel_size in (1, 5):
+        options = {"merge": merge, "label_smoothing": smoothing, "p": p, "weight": weight}
+        value, gradient = value_and_grad(
+            region_cross_entropy, input, target, kernel_size=kernel_size, **options
+        )
+        assert value == 0 and gradient.abs().max() < 1e-6
+
+
 def test_window_larger_than_the_image():
     assert_like_reference(*case(3, 4), kernel_size=15)
 
