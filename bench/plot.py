@@ -11,6 +11,9 @@ from matplotlib.figure import Figure
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "cpu_engines.png"
 
 
+_COLOURS = {"dynplan": "tab:blue", "dynplan-int8": "tab:cyan", "dynplan-bf16": "tab:purple"}
+
+
 def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
     """Per case (model, lengths, batch) the rows of its latest run, native instruction set only.
 
@@ -40,14 +43,12 @@ def draw(cases: dict[tuple, list[dict]], path: Path) -> None:
     for axes, ((model, lengths, batch), rows) in zip(panels[:, 0], cases.items(), strict=True):
         names = [_label(row) for row in rows]
         rates = [row["sentences"] / row["p50"] for row in rows]
-        colours = ["tab:blue" if row["engine"] == "dynplan" else "0.7" for row in rows]
+        colours = [_COLOURS.get(row["engine"], "0.7") for row in rows]
         axes.bar_label(axes.barh(names, rates, color=colours), [f"{rate:.0f}" for rate in rates], padding=3)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.1 * max(rates))
         kind = "sentences" if lengths == "sentences" else f"{lengths} tokens"
-        axes.set_title(
-            f"{model}, batch {batch}, {kind}, {rows[0]['threads']} threads, fp32", fontsize="medium"
-        )
+        axes.set_title(f"{model}, batch {batch}, {kind}, {rows[0]['threads']} threads", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1, 0].set_xlabel("sentences per second")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,9 @@ def draw(cases: dict[tuple, list[dict]], path: Path) -> None:
 
 
 def _label(row: dict) -> str:
-    if row["engine"] == "dynplan":
-        return "dynplan, all layers" if row["share"] == 1 else f"dynplan, {row['share']:g} of the layers"
+    if row["engine"].startswith("dynplan"):
+        kept = "all layers" if row["share"] == 1 else f"{row['share']:g} of the layers"
+        return f"{row['engine']}, {kept}"
     return f"{row['engine']}, sorted" if row["order"] == "sorted" else row["engine"]
 
 
