@@ -69,7 +69,9 @@ struct RegionCrossEntropyParams {
 // What the forward leaves. 8 bytes per anchor: (losses, lse).
 struct RegionCrossEntropyState {
   void* losses = nullptr;  // acc (N, anchors): l_q, 0 where the anchor's label is ignored
-  void* lse = nullptr;  // acc; merge logits: logsumexp(z_q) (N, anchors); probs: logsumexp(x_p) (N, D, H, W)
+  // acc; merge logits: logsumexp(z_q) (N, anchors), on CPU less the largest z_q; probs: logsumexp(x_p)
+  // (N, D, H, W)
+  void* lse = nullptr;
   int16_t* agreement = nullptr;  // (N, anchors) number of agreeing pixels, 0 for ignored anchors; may be null
   void* value = nullptr;         // acc, one number: the Minkowski mean or the sum of l_q
   double* normalizer =

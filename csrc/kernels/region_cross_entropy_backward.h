@@ -93,7 +93,8 @@ struct AnchorTile {
   Prefetch ahead[kRegionStrip];
 };
 
-// s_q from the losses that the forward left, softmax(z_q) from its logsumexp.
+// s_q from the losses that the forward left, softmax(z_q) from its logsumexp less the largest z_q: a small
+// number, and so one with more digits.
 template <class T>
 class BackwardAnchors {
  public:
@@ -110,14 +111,16 @@ class BackwardAnchors {
   }
 
   DYNPLAN_INLINE void tile(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorTile<T>& at) {
+    V top[kRegionStrip];
+    merged.tops(p_.classes, top);
     for (int64_t i = 0; i < at.count; ++i) {
-      const V lse = S::load(slopes_.lse(i) + at.x), share = S::load(slopes_.slopes(i) + at.x) * at.scale[i];
+      const V gap = S::load(slopes_.lse(i) + at.x), share = S::load(slopes_.slopes(i) + at.x) * at.scale[i];
       V hard = share * weights_.hard;
       if (weights_.weight) hard *= weights_.of(at.own[i]);
       const V mass = hard + share * weights_.soft_sum;
       for (int64_t c = 0; c < p_.classes; ++c) {
         at.ahead[i](c);
-        V g = mass * S::exp(merged.at(c, i) * at.scale[i] - lse);
+        V g = mass * S::exp((merged.at(c, i) - top[i]) * at.scale[i] - gap);
         if (weights_.soft > 0) g -= share * (weights_.soft * weights_.at(c));
         S::store(at.out[i] + c * at.class_stride, g);
       }

@@ -50,7 +50,8 @@ struct MergedLosses {
   using S = Simd<T>;
   using V = typename S::V;
   using M = typename S::M;
-  V loss[kRegionStrip], logsumexp[kRegionStrip];
+  V loss[kRegionStrip];
+  V gap[kRegionStrip];         // logsumexp less the largest
   V mass[kRegionStrip];        // sum over classes of exp((z - top) scale)
   V label_term[kRegionStrip];  // the label's own term of it
   V label_sum[kRegionStrip];
@@ -86,10 +87,9 @@ struct MergedLosses {
     }
     for (int64_t i = 0; i < count; ++i) {
       label_term[i] = S::exp((label_sum[i] - top[i]) * scale[i]);
-      const V gap = S::log1p(mass[i] + (label_term[i] - T(1)));
+      gap[i] = S::log1p(mass[i] + (label_term[i] - T(1)));
       mass[i] += label_term[i];
-      logsumexp[i] = top[i] * scale[i] + gap;
-      loss[i] = (top[i] - label_sum[i]) * scale[i] + gap;
+      loss[i] = (top[i] - label_sum[i]) * scale[i] + gap[i];
     }
   }
 };
@@ -215,7 +215,7 @@ class RegionForward {
       if (weights.weight || weights.soft > 0) loss = weights.hard * weights.of(own[i]) * loss;
       if (weights.soft > 0) loss += weights.soft * soft(i, own[i], scale[i], merged);
       S::store(out_.losses(i) + x, S::masked(own[i] >= 0, loss));
-      S::store(out_.lse(i) + x, S::masked(own[i] >= 0, merged.logsumexp[i]));
+      S::store(out_.lse(i) + x, S::masked(own[i] >= 0, merged.gap[i]));
     }
   }
 

@@ -43,7 +43,7 @@ class OnceAnchors {
       }
       loss = S::masked(valid, loss);
       S::store(out_.losses(i) + at.x, loss);
-      S::store(out_.lse(i) + at.x, S::masked(valid, made.logsumexp[i]));
+      S::store(out_.lse(i) + at.x, S::masked(valid, made.gap[i]));
       hard[i] = S::masked(valid, share * S::pow(loss, exponent_));
       mass[i] = S::masked(valid, hard[i] / made.mass[i]);
     }
