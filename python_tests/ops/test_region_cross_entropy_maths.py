@@ -41,13 +41,14 @@ def test_error_is_at_most_twice_that_of_the_eager_form(dtype, options):
 
 
 @merges
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "kernel_size": 1}])  # and backward apart
 @pytest.mark.parametrize("common", [30.0, 1000.0])
-def test_what_all_classes_share_costs_no_more_digits_than_eagerly(merge, common):
+def test_what_all_classes_share_costs_no_more_digits_than_eagerly(merge, options, common):
     input, target = case(24, 40, classes=9, dtype=torch.float32)
-    input = input + common
-    value, gradient = value_and_grad(region_cross_entropy, input, target, **merge)
-    exact, exact_gradient = value_and_grad(reference.region_cross_entropy, input.double(), target, **merge)
-    eager, eager_gradient = value_and_grad(reference.region_cross_entropy, input, target, **merge)
+    input, options = input + common, merge | options
+    value, gradient = value_and_grad(region_cross_entropy, input, target, **options)
+    exact, exact_gradient = value_and_grad(reference.region_cross_entropy, input.double(), target, **options)
+    eager, eager_gradient = value_and_grad(reference.region_cross_entropy, input, target, **options)
     assert_close_to_exact(value, eager, exact, atol=2e-6)
     assert_close_to_exact(gradient, eager_gradient, exact_gradient, atol=2e-9)
 
