@@ -41,7 +41,7 @@ def test_error_is_at_most_twice_that_of_the_eager_form(dtype, options):
 
 
 @merges
-@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "kernel_size": 1}])  # and backward apart
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"stride": 2, "kernel_size": 1}])  # also apart
 @pytest.mark.parametrize("common", [30.0, 1000.0])
 def test_what_all_classes_share_costs_no_more_digits_than_eagerly(merge, options, common):
     input, target = case(24, 40, classes=9, dtype=torch.float32)
