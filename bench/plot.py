@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "cpu_engines.png"
 
 
+_COLUMNS = 3
 _COLOURS = {"dynplan": "tab:blue", "dynplan-int8": "tab:cyan", "dynplan-bf16": "tab:purple"}
 
 
@@ -33,14 +34,16 @@ def latest(rows: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def draw(cases: dict[tuple, list[dict]], path: Path) -> None:
-    """A panel per case: sentences per second, a bar per engine and order, dynplan in colour."""
-    figure = Figure(
-        figsize=(8, 0.6 + sum(0.7 + 0.3 * len(rows) for rows in cases.values())), layout="constrained"
-    )
+    """A panel per case, most bars first: sentences per second by engine and order, dynplan in colour."""
+    ordered = sorted(cases.items(), key=lambda case: -len(case[1]))
+    heights = [2 + len(rows) for _, rows in ordered[::_COLUMNS]]
+    figure = Figure(figsize=(6 * _COLUMNS, 0.3 * sum(heights)), layout="constrained")
     panels = figure.subplots(
-        len(cases), squeeze=False, gridspec_kw={"height_ratios": [2 + len(rows) for rows in cases.values()]}
-    )
-    for axes, ((model, lengths, batch), rows) in zip(panels[:, 0], cases.items(), strict=True):
+        len(heights), _COLUMNS, squeeze=False, gridspec_kw={"height_ratios": heights}
+    ).flatten()
+    for axes in panels[len(ordered) :]:
+        axes.set_visible(False)
+    for axes, ((model, lengths, batch), rows) in zip(panels, ordered, strict=False):
         names = [_label(row) for row in rows]
         rates = [row["sentences"] / row["p50"] for row in rows]
         colours = [_COLOURS.get(row["engine"], "0.7") for row in rows]
@@ -50,9 +53,9 @@ def draw(cases: dict[tuple, list[dict]], path: Path) -> None:
         kind = "sentences" if lengths == "sentences" else f"{lengths} tokens"
         axes.set_title(f"{model}, batch {batch}, {kind}, {rows[0]['threads']} threads", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("sentences per second")
+    figure.supxlabel("sentences per second")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def _label(row: dict) -> str:
