@@ -111,7 +111,7 @@ class LossRows {
   T* agreement(int64_t i) { return lse(i) + rows_.class_stride; }
 
   // Writes the anchors of row (d, h) of the box, which is the i-th of the strip and has `margin` columns
-  // before the box; their logsumexps too where `with_lse`. `labels` begin with the box.
+  // before the box; State's `lse` too where `with_lse`. `labels` begin with the box.
   template <class Int>
   void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels,
              bool with_lse, PowerSum& total) {
@@ -204,7 +204,7 @@ class RegionForward {
     for (int64_t i = 0; i < count; ++i) out_.write(i, n, d + i, h, box, 0, own[i], /*with_lse=*/true, total);
   }
 
-  // Losses and logsumexps of the merged tile.
+  // Losses of the merged tile, and State's `lse`.
   DYNPLAN_INLINE void losses(int64_t count, int64_t x, const M* own, const V* scale, const Prefetch* ahead) {
     const ClassWeights<T>& weights = out_.weights();
     const MergedLosses<T> merged(

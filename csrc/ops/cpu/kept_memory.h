@@ -1,8 +1,7 @@
 // Large gradients, whose memory is kept for the next of the same size.
 //
-// A training step asks for a gradient and gives it back; the system clears fresh pages on their first write,
-// which takes as long as the loss itself. Whether malloc keeps what it is given depends on what else the
-// process has freed.
+// A training step asks for a gradient and gives it back; the system clears fresh pages on their first write.
+// Whether malloc keeps what it is given depends on what else the process has freed.
 #pragma once
 
 #include <ATen/ExpandUtils.h>
