@@ -28,8 +28,7 @@ struct DirectRows {
   }
   // Pixel (d, h, w) of the box, which will be written soon.
   DYNPLAN_INLINE Prefetch ahead(const Box& box, int64_t n, int64_t d, int64_t h, int64_t w) const {
-    const bool inside = d >= box.begin[0] && d < box.end[0] && h >= box.begin[1] && h < box.end[1] && w >= 0;
-    if (!base || !inside) return {};
+    if (!base || !box.holds(d, h) || w < 0) return {};
     return {at(n, d, h, w), class_stride * static_cast<int64_t>(sizeof(T))};
   }
 };
@@ -42,7 +41,7 @@ class SlopeRows {
             const RegionCrossEntropyGrad& grad)
       : p_(params), lse_(static_cast<const T*>(state.lse)), slopes_(params, state, grad) {}
 
-  void reset(const Box& anchors) { rows_.reset(memory_, anchors.row(), 2, kRegionStrip); }
+  void reset(const Box& anchors, int64_t rows) { rows_.reset(memory_, anchors.row(), 2, rows); }
 
   T* slopes(int64_t i) { return rows_.data + i * rows_.plane_stride; }
   T* lse(int64_t i) { return slopes(i) + rows_.class_stride; }
@@ -81,18 +80,6 @@ Box anchor_box(const RegionCrossEntropyParams& p, const Box& box) {
   return anchors;
 }
 
-// A tile of anchors whose merged vectors are known, and where their gradients go.
-template <class T>
-struct AnchorTile {
-  int64_t count;  // rows of the strip
-  int64_t x;      // column, from the first of the ring of anchors
-  typename Simd<T>::M own[kRegionStrip];
-  typename Simd<T>::V scale[kRegionStrip];  // 1 / Z
-  T* out[kRegionStrip];
-  int64_t class_stride;
-  Prefetch ahead[kRegionStrip];
-};
-
 // s_q from the losses that the forward left, softmax(z_q) from its logsumexp less the largest z_q: a small
 // number, and so one with more digits.
 template <class T>
@@ -105,16 +92,25 @@ class BackwardAnchors {
                   const RegionCrossEntropyGrad& grad)
       : p_(params), weights_(params), slopes_(params, state, grad) {}
 
-  void reset(const Box& anchors) { slopes_.reset(anchors); }
+  static constexpr bool kGradient = true;
+
+  void reset(const Box& anchors, int64_t rows) { slopes_.reset(anchors, rows); }
   void begin(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors) {
     slopes_.load(i, n, d, h, anchors, /*with_lse=*/true);
   }
+  void place(int64_t row, int64_t column, AnchorTile<T>& tile, int64_t i) {
+    tile.losses[i] = slopes_.slopes(row) + column;
+    tile.lse[i] = slopes_.lse(row) + column;
+  }
+  static constexpr bool counts() { return false; }
+  T* agreement(int64_t) { return nullptr; }
 
-  DYNPLAN_INLINE void tile(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorTile<T>& at) {
+  DYNPLAN_INLINE void tile(const MergedTile<T>& merged, const AnchorTile<T>& at) {
+    const TileLabels<T> labels(at.own, at.count, p_.classes);
     V top[kRegionStrip];
     merged.tops(p_.classes, top);
     for (int64_t i = 0; i < at.count; ++i) {
-      const V gap = S::load(slopes_.lse(i) + at.x), share = S::load(slopes_.slopes(i) + at.x) * at.scale[i];
+      const V gap = S::load(at.lse[i]), share = S::load(at.losses[i]) * at.scale[i];
       V hard = share * weights_.hard;
       if (weights_.weight) hard *= weights_.of(at.own[i]);
       const V mass = hard + share * weights_.soft_sum;
@@ -124,15 +120,16 @@ class BackwardAnchors {
         if (weights_.soft > 0) g -= share * (weights_.soft * weights_.at(c));
         S::store(at.out[i] + c * at.class_stride, g);
       }
-      pool.for_labels([&](int64_t c) __attribute__((always_inline)) {
+      labels.for_each([&](int64_t c) __attribute__((always_inline)) {
         T* out = at.out[i] + c * at.class_stride;
         S::store(out, S::load(out) - S::masked(at.own[i] == static_cast<typename S::Int>(c), hard));
       });
     }
   }
 
+  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t) {}
   template <class Int>
-  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t, const Int*) {}
+  void add(int64_t, int64_t, int64_t, const Box&, const Int*, PowerSum&) const {}
 
  private:
   const RegionCrossEntropyParams& p_;
@@ -169,7 +166,8 @@ class RegionGradient {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], 2 * p_.radius[0] + strip_);
     anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, between);
-    stage_.reset(anchors_.box);
+    stage_.reset(anchors_.box, kRegionStrip);
+    total_ = {};
     row_.reset(row_memory_, box.row(), p_.classes, kRegionStrip);
     march_backward(
         p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
@@ -181,7 +179,7 @@ class RegionGradient {
         });
   }
 
-  Anchors& anchors() { return stage_; }
+  const PowerSum& total() const { return total_; }
   const RegionBadLabel& bad() const { return planes_.label_rows.bad(); }
 
  private:
@@ -203,20 +201,23 @@ class RegionGradient {
       merged_.pool(merge_, column);
       AnchorTile<T> tile;
       tile.count = count;
-      tile.x = column;
       tile.class_stride = anchors_.class_stride;
       for (int64_t i = 0; i < count; ++i) {
         tile.own[i] = S::load(own[i] + x);
         tile.scale[i] = merged_.scale(i, tile.own[i]);
+        stage_.place(i, column, tile, i);
         tile.out[i] = out[i] + x;
         // By turns: a tile is half a cache line wide.
         tile.ahead[i] = x / S::lanes % 2
                             ? direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)
                             : Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
       }
-      stage_.tile(merge_, merged_, tile);
+      stage_.tile(merged_, tile);
     }
-    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, margin, own[i] + before);
+    for (int64_t i = 0; i < count; ++i) {
+      stage_.end(i, n, d + i, h, box, margin);
+      stage_.add(n, d + i, h, box, own[i] + before, total_);
+    }
   }
 
   // Rows go to `direct` where it can take them, else to row_. The last tile of a row in place starts where it
@@ -247,6 +248,7 @@ class RegionGradient {
   const RegionCrossEntropyParams& p_;
   int64_t strip_;
   Anchors stage_;
+  PowerSum total_;
   Planes<T> planes_;
   Ring<T> anchors_;  // g_q
   Ring<T> row_;      // a strip of gradient

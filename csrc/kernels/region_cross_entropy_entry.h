@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy_band.h"
 #include "kernels/region_cross_entropy_once.h"
 #include "kernels/region_cross_entropy_probs.h"
 
@@ -89,7 +90,8 @@ void run_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
         const int64_t n = tiling.box(unit, box);
         kernel.run(n, box, DirectRows<T>(p, grad),
                    [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
-                     store_gradient(p, grad, n, d, h, box.begin[2], box.end[2], row, class_stride);
+                     store_gradient(p, grad, n, d, h, 0, p.classes, box.begin[2], box.end[2], row,
+                                    class_stride);
                    });
         done(kernel, unit);
       });
@@ -128,18 +130,51 @@ void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
       });
 }
 
+// By bands of rows, where region_cross_entropy_band.h can.
+template <class T, class Stage>
+UnitResults run_bands(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                      const RegionCrossEntropyGrad& grad, Parallel parallel) {
+  using Kernel = Band<T, Stage>;
+  const Tiling tiling = Kernel::tiling(p);
+  UnitResults results(tiling.units());
+  for_units(
+      tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state, grad); },
+      [&](Kernel& kernel, int64_t unit) {
+        Box box;
+        const int64_t n = tiling.box(unit, box);
+        const PowerSum sum = kernel.run(n, box);
+        results.set(unit, sum, kernel.bad());
+      });
+  return results;
+}
+
 template <class T>
 RegionBadLabel forward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                           Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
-  return run_forward<T, RegionForward<T>>(p, state, parallel);
+  if (!takes_bands(p)) return run_forward<T, RegionForward<T>>(p, state, parallel);
+  RegionBadLabel bad;
+  run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
+  return bad;
 }
 
 template <class T>
 void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad, Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
-  run_backward<T, RegionBackward<T>>(p, state, grad, parallel);
+  if (!takes_bands(p)) return run_backward<T, RegionBackward<T>>(p, state, grad, parallel);
+  run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
+}
+
+template <class T>
+UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                              const RegionCrossEntropyGrad& grad, Parallel parallel) {
+  if (takes_bands(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
+  UnitResults results(tiling_of<T, RegionOnce<T>>(p).units());
+  run_gradient<T, RegionOnce<T>>(
+      p, state, grad, parallel,
+      [&](RegionOnce<T>& kernel, int64_t unit) { results.set(unit, kernel.total(), kernel.bad()); });
+  return results;
 }
 
 // region_cross_entropy_once.h where it applies, else forward and backward one after the other.
@@ -150,11 +185,7 @@ double once_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState&
   grad.grad_value = &one;
   const bool strided = p.stride[0] > 1 || p.stride[1] > 1 || p.stride[2] > 1;
   if (p.merge == RegionMerge::logits && p.label_smoothing == 0 && !strided && p.low[0] == 0) {
-    UnitResults results(tiling_of<T, RegionOnce<T>>(p).units());
-    run_gradient<T, RegionOnce<T>>(p, state, grad, parallel, [&](RegionOnce<T>& kernel, int64_t unit) {
-      results.set(unit, kernel.anchors().total(), kernel.bad());
-    });
-    const PowerSum total = results.finish<T>(p, state, bad);
+    const PowerSum total = loss_and_gradient<T>(p, state, grad, parallel).template finish<T>(p, state, bad);
     if (const double factor = once_factor(p, total); factor != 0) return factor;
   } else {
     bad = forward_of<T>(p, state, parallel);

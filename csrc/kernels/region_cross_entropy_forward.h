@@ -8,24 +8,61 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-// The sums of every class of one tile, and their normalisers. Vectors are contiguous: of class c, row i at
-// (c * kRegionStrip + i) * lanes.
+// Labels of a tile's anchors.
+template <class T>
+class TileLabels {
+ public:
+  using S = Simd<T>;
+
+  TileLabels(const typename S::M* own, int64_t count, int64_t classes) : classes_(classes) {
+    for (int64_t i = 0; i < count; ++i) {
+      typename S::M rest = own[i];
+      for (int l = 0; l < num_; ++l) rest |= rest == label_[l];
+      while (const unsigned left = S::bits(rest >= 0)) {
+        if (num_ == kMost) {
+          num_ = -1;
+          return;
+        }
+        label_[num_] = rest[std::countr_zero(left)];
+        rest |= rest == label_[num_++];
+      }
+    }
+  }
+
+  // Calls f(c) for the classes that are among them.
+  template <class F>
+  DYNPLAN_INLINE void for_each(F f) const {
+    for (int l = 0; l < num_; ++l) f(static_cast<int64_t>(label_[l]));
+    for (int64_t c = 0; num_ < 0 && c < classes_; ++c) f(c);
+  }
+
+ private:
+  static constexpr int kMost = 4;
+  const int64_t classes_;
+  int num_ = 0;  // -1: more than kMost
+  typename S::Int label_[kMost];
+};
+
+// The sums of every class of one tile, and their normalisers: of class c, row i at
+// sums + c * class_stride + i * row_stride.
 template <class T>
 struct MergedTile {
   using S = Simd<T>;
-  static constexpr int64_t kClassStride = kRegionStrip * S::lanes;
+  int64_t class_stride = kRegionStrip * S::lanes, row_stride = S::lanes;
   Scratch<T> memory;
   T* sums;
   typename S::V totals[kRegionStrip] = {};
 
-  explicit MergedTile(int64_t classes) : sums(memory.get(classes * kClassStride)) {}
+  explicit MergedTile(int64_t classes) : sums(memory.get(classes * class_stride)) {}
+  MergedTile(T* there, int64_t classes_apart, int64_t rows_apart)
+      : class_stride(classes_apart), row_stride(rows_apart), sums(there) {}
 
   void pool(Pool<T>& pool, int64_t column) {
-    TileOutput<T> out{{}, kClassStride};
-    for (int64_t i = 0; i < kRegionStrip; ++i) out.row[i] = sums + i * S::lanes;
+    TileOutput<T> out{{}, class_stride};
+    for (int64_t i = 0; i < kRegionStrip; ++i) out.row[i] = sums + i * row_stride;
     pool.run(column, out, totals);
   }
-  T* address(int64_t c, int64_t i) const { return sums + c * kClassStride + i * S::lanes; }
+  T* address(int64_t c, int64_t i) const { return sums + c * class_stride + i * row_stride; }
   typename S::V at(int64_t c, int64_t i) const { return S::load(address(c, i)); }
   void set(int64_t c, int64_t i, typename S::V v) const { S::store(address(c, i), v); }
 
@@ -44,6 +81,19 @@ struct MergedTile {
   }
 };
 
+// A tile of anchors whose merged vectors are known, where their numbers are, and where their gradients go.
+template <class T>
+struct AnchorTile {
+  int64_t count;  // rows of the strip
+  typename Simd<T>::M own[kRegionStrip];
+  typename Simd<T>::V scale[kRegionStrip];  // 1 / Z
+  T* losses[kRegionStrip];                  // written; a backward of its own reads slopes there
+  T* lse[kRegionStrip];
+  T* out[kRegionStrip];
+  int64_t class_stride;
+  Prefetch ahead[kRegionStrip];
+};
+
 // Cross-entropies of the merged vectors of a tile, row by row, before class weights.
 template <class T>
 struct MergedLosses {
@@ -56,11 +106,14 @@ struct MergedLosses {
   V label_term[kRegionStrip];  // the label's own term of it
   V label_sum[kRegionStrip];
 
-  // Of the tile that `pool` planned and `merged` holds, which loses the sums of labels. `each(i, c, term)`
-  // gets the terms of `mass`, with 0 for the label's own.
+  // Of the tile that `merged` holds, which loses the sums of labels. `each(i, c, term)` gets the terms of
+  // `mass`, with 0 for the label's own.
   template <class Each>
-  DYNPLAN_INLINE MergedLosses(const Pool<T>& pool, const MergedTile<T>& merged, int64_t classes,
-                              int64_t count, const M* own, const V* scale, Each each) {
+  DYNPLAN_INLINE MergedLosses(const MergedTile<T>& merged, const TileLabels<T>& labels, int64_t classes,
+                              const AnchorTile<T>& at, Each each) {
+    const int64_t count = at.count;
+    const M* own = at.own;
+    const V* scale = at.scale;
     V top[kRegionStrip];
     merged.tops(classes, top);
     // The label's own term is left out of the sum, so that the small losses of pixels that are clearly right
@@ -68,7 +121,7 @@ struct MergedLosses {
     // taken before scaling: a fused multiply-add of the product would not give exactly 0 for the largest.
     for (int64_t i = 0; i < count; ++i) {
       label_sum[i] = V{};
-      pool.for_labels([&](int64_t c) __attribute__((always_inline)) {
+      labels.for_each([&](int64_t c) __attribute__((always_inline)) {
         const M hit = own[i] == static_cast<typename S::Int>(c);
         const V sum = merged.at(c, i);
         label_sum[i] = hit ? sum : label_sum[i];
@@ -103,25 +156,29 @@ class LossRows {
 
   const ClassWeights<T>& weights() const { return weights_; }
   bool counts() const { return state_.agreement != nullptr; }
-  // Rows as wide as those of `box`.
-  void reset(const Box& box) { rows_.reset(memory_, box.row(), 3, kRegionStrip); }
+  // `rows` rows as wide as those of `box`.
+  void reset(const Box& box, int64_t rows) { rows_.reset(memory_, box.row(), 3, rows); }
 
   T* losses(int64_t i) { return rows_.data + i * rows_.plane_stride; }
   T* lse(int64_t i) { return losses(i) + rows_.class_stride; }
   T* agreement(int64_t i) { return lse(i) + rows_.class_stride; }
 
-  // Writes the anchors of row (d, h) of the box, which is the i-th of the strip and has `margin` columns
-  // before the box; State's `lse` too where `with_lse`. `labels` begin with the box.
-  template <class Int>
-  void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels,
-             bool with_lse, PowerSum& total) {
+  // Writes the anchors of row (d, h) of the box, which is the i-th row and has `margin` columns before the
+  // box; State's `lse` too where `with_lse`.
+  void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, bool with_lse) {
     const AnchorRow anchors(p_, n, d, h, box.begin[2], box.end[2]);
-    const int64_t first = anchors.first - box.begin[2], column = margin + first;
-    T* out = static_cast<T*>(state_.losses) + anchors.index;
-    copy(losses(i) + column, anchors, out);
+    const int64_t column = margin + anchors.first - box.begin[2];
+    copy(losses(i) + column, anchors, static_cast<T*>(state_.losses) + anchors.index);
     if (with_lse) copy(lse(i) + column, anchors, static_cast<T*>(state_.lse) + anchors.index);
     if (counts()) copy(agreement(i) + column, anchors, state_.agreement + anchors.index);
-    add_row(total, out, anchors.count, labels + first, anchors.step, weights_);
+  }
+
+  // Adds what was written of row (d, h) of the box. `labels` begin with the box.
+  template <class Int>
+  void add(int64_t n, int64_t d, int64_t h, const Box& box, const Int* labels, PowerSum& total) const {
+    const AnchorRow anchors(p_, n, d, h, box.begin[2], box.end[2]);
+    add_row(total, static_cast<const T*>(state_.losses) + anchors.index, anchors.count,
+            labels + anchors.first - box.begin[2], anchors.step, weights_);
   }
 
  private:
@@ -139,6 +196,83 @@ class LossRows {
   ClassWeights<T> weights_;
   Scratch<T> memory_;
   Ring<T> rows_;
+};
+
+// What is made of the merged vectors of anchors, tile by tile. This part keeps the losses of some rows until
+// they are written to State.
+template <class T>
+class LossAnchors {
+ public:
+  LossAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state)
+      : p_(params), out_(params, state) {}
+
+  // Rows are as wide as `anchors`.
+  void reset(const Box& anchors, int64_t rows) { out_.reset(anchors, rows); }
+  // Row (d, h) will be the i-th.
+  void begin(int64_t, int64_t, int64_t, int64_t, const Box&) {}
+  void place(int64_t row, int64_t column, AnchorTile<T>& tile, int64_t i) {
+    tile.losses[i] = out_.losses(row) + column;
+    tile.lse[i] = out_.lse(row) + column;
+  }
+  bool counts() const { return out_.counts(); }
+  T* agreement(int64_t i) { return out_.agreement(i); }
+
+  // Windows reach over the edges of a box: anchors there are written by the box they are in.
+  void end(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin) {
+    if (box.holds(d, h)) out_.write(i, n, d, h, box, margin, /*with_lse=*/true);
+  }
+  template <class Int>
+  void add(int64_t n, int64_t d, int64_t h, const Box& box, const Int* labels, PowerSum& total) const {
+    if (box.holds(d, h)) out_.add(n, d, h, box, labels, total);
+  }
+
+ protected:
+  const RegionCrossEntropyParams& p_;
+  LossRows<T> out_;
+};
+
+// Losses alone.
+template <class T>
+class ForwardAnchors : public LossAnchors<T> {
+  using LossAnchors<T>::p_, LossAnchors<T>::out_;
+
+ public:
+  using S = Simd<T>;
+  using V = typename S::V;
+  using M = typename S::M;
+  using Int = typename S::Int;
+  static constexpr bool kGradient = false;
+
+  ForwardAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+                 const RegionCrossEntropyGrad&)
+      : LossAnchors<T>(params, state) {}
+
+  DYNPLAN_INLINE void tile(const MergedTile<T>& merged, const AnchorTile<T>& at) {
+    const ClassWeights<T>& weights = out_.weights();
+    const TileLabels<T> labels(at.own, at.count, p_.classes);
+    const MergedLosses<T> made(
+        merged, labels, p_.classes, at,
+        [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ahead[i](c); });
+    for (int64_t i = 0; i < at.count; ++i) {
+      V loss = made.loss[i];
+      if (weights.weight || weights.soft > 0) loss = weights.hard * weights.of(at.own[i]) * loss;
+      if (weights.soft > 0) loss += weights.soft * soft(i, at.own[i], at.scale[i], merged, made);
+      S::store(at.losses[i], S::masked(at.own[i] >= 0, loss));
+      S::store(at.lse[i], S::masked(at.own[i] >= 0, made.gap[i]));
+    }
+  }
+
+ private:
+  // Sum over classes of weight (lse - z).
+  V soft(int64_t i, M own, V scale, const MergedTile<T>& merged, const MergedLosses<T>& made) const {
+    V sum{};
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      const V z = own == static_cast<Int>(c) ? made.label_sum[i] : merged.at(c, i);
+      // logsumexp - z, by way of the loss: exactly 0 where there is one class, and never below.
+      sum += out_.weights().at(c) * S::at_least(made.loss[i] + (made.label_sum[i] - z) * scale, 0);
+    }
+    return sum;
+  }
 };
 
 // Of rings of logits and of anchors' gradients.
@@ -159,7 +293,7 @@ class RegionForward {
   RegionForward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state)
       : p_(params),
         strip_(Pool<T>::strip(params)),
-        out_(params, state),
+        stage_(params, state, {}),
         planes_(params),
         pool_(params, planes_.labels, planes_.logits, params.classes),
         merged_(params.classes) {}
@@ -173,7 +307,7 @@ class RegionForward {
     PowerSum total;
     const int64_t planes = 2 * p_.radius[0] + strip_;
     planes_.reset(box, 1, planes, planes);
-    out_.reset(box);
+    stage_.reset(box, kRegionStrip);
     march_forward(
         p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
@@ -190,49 +324,26 @@ class RegionForward {
     for (int64_t i = 0; i < count; ++i) own[i] = planes_.labels.at(d + i, h, box.begin[2]);
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
       merged_.pool(pool_, margin + x);
-      M labels[kRegionStrip];
-      V scale[kRegionStrip];
-      Prefetch ahead[kRegionStrip];
+      AnchorTile<T> tile;
+      tile.count = count;
       for (int64_t i = 0; i < count; ++i) {
-        if (out_.counts()) S::store(out_.agreement(i) + x, pool_.agreement(i, margin + x));
-        labels[i] = S::load(own[i] + x);
-        scale[i] = merged_.scale(i, labels[i]);
-        ahead[i] = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x);
+        if (stage_.counts()) S::store(stage_.agreement(i) + x, pool_.agreement(i, margin + x));
+        tile.own[i] = S::load(own[i] + x);
+        tile.scale[i] = merged_.scale(i, tile.own[i]);
+        stage_.place(i, x, tile, i);
+        tile.ahead[i] = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x);
       }
-      losses(count, x, labels, scale, ahead);
+      stage_.tile(merged_, tile);
     }
-    for (int64_t i = 0; i < count; ++i) out_.write(i, n, d + i, h, box, 0, own[i], /*with_lse=*/true, total);
-  }
-
-  // Losses of the merged tile, and State's `lse`.
-  DYNPLAN_INLINE void losses(int64_t count, int64_t x, const M* own, const V* scale, const Prefetch* ahead) {
-    const ClassWeights<T>& weights = out_.weights();
-    const MergedLosses<T> merged(
-        pool_, merged_, p_.classes, count, own,
-        scale, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { ahead[i](c); });
     for (int64_t i = 0; i < count; ++i) {
-      V loss = merged.loss[i];
-      if (weights.weight || weights.soft > 0) loss = weights.hard * weights.of(own[i]) * loss;
-      if (weights.soft > 0) loss += weights.soft * soft(i, own[i], scale[i], merged);
-      S::store(out_.losses(i) + x, S::masked(own[i] >= 0, loss));
-      S::store(out_.lse(i) + x, S::masked(own[i] >= 0, merged.gap[i]));
+      stage_.end(i, n, d + i, h, box, 0);
+      stage_.add(n, d + i, h, box, own[i], total);
     }
-  }
-
-  // Sum over classes of weight (lse - z).
-  V soft(int64_t i, M own, V scale, const MergedLosses<T>& merged) const {
-    V sum{};
-    for (int64_t c = 0; c < p_.classes; ++c) {
-      const V z = own == static_cast<Int>(c) ? merged.label_sum[i] : merged_.at(c, i);
-      // logsumexp - z, by way of the loss: exactly 0 where there is one class, and never below.
-      sum += out_.weights().at(c) * S::at_least(merged.loss[i] + (merged.label_sum[i] - z) * scale, 0);
-    }
-    return sum;
   }
 
   const RegionCrossEntropyParams& p_;
   int64_t strip_;
-  LossRows<T> out_;
+  ForwardAnchors<T> stage_;
   Planes<T> planes_;
   Pool<T> pool_;
   MergedTile<T> merged_;

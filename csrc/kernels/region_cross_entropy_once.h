@@ -9,26 +9,23 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 
 // Stride 1, no label smoothing.
 template <class T>
-class OnceAnchors {
+class OnceAnchors : public LossAnchors<T> {
+  using LossAnchors<T>::p_, LossAnchors<T>::out_;
+
  public:
   using S = Simd<T>;
   using V = typename S::V;
   using M = typename S::M;
+  static constexpr bool kGradient = true;
 
   OnceAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
               const RegionCrossEntropyGrad&)
-      : p_(params), exponent_(static_cast<T>(params.p - 1)), out_(params, state) {}
+      : LossAnchors<T>(params, state), exponent_(static_cast<T>(params.p - 1)) {}
 
-  void reset(const Box& anchors) {
-    out_.reset(anchors);
-    total_ = {};
-  }
-  void begin(int64_t, int64_t, int64_t, int64_t, const Box&) {}
-
-  DYNPLAN_INLINE void tile(const Pool<T>& pool, const MergedTile<T>& merged, const AnchorTile<T>& at) {
+  DYNPLAN_INLINE void tile(const MergedTile<T>& merged, const AnchorTile<T>& at) {
+    const TileLabels<T> labels(at.own, at.count, p_.classes);
     const MergedLosses<T> made(
-        pool, merged, p_.classes, at.count, at.own,
-        at.scale, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
+        merged, labels, p_.classes, at, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
           at.ahead[i](c);
           merged.set(c, i, term);
         });
@@ -42,8 +39,8 @@ class OnceAnchors {
         share *= weight;
       }
       loss = S::masked(valid, loss);
-      S::store(out_.losses(i) + at.x, loss);
-      S::store(out_.lse(i) + at.x, S::masked(valid, made.gap[i]));
+      S::store(at.losses[i], loss);
+      S::store(at.lse[i], S::masked(valid, made.gap[i]));
       hard[i] = S::masked(valid, share * S::pow(loss, exponent_));
       mass[i] = S::masked(valid, hard[i] / made.mass[i]);
     }
@@ -51,27 +48,15 @@ class OnceAnchors {
       for (int64_t c = 0; c < p_.classes; ++c)
         S::store(at.out[i] + c * at.class_stride, mass[i] * merged.at(c, i));
       const V own = mass[i] * made.label_term[i] - hard[i];
-      pool.for_labels([&](int64_t c) __attribute__((always_inline)) {
+      labels.for_each([&](int64_t c) __attribute__((always_inline)) {
         T* out = at.out[i] + c * at.class_stride;
         S::store(out, at.own[i] == static_cast<typename S::Int>(c) ? own : S::load(out));
       });
     }
   }
 
-  // Windows reach over the edges of a box: anchors there are written by the box they are in.
-  template <class Int>
-  void end(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels) {
-    if (d >= box.begin[0] && d < box.end[0] && h >= box.begin[1] && h < box.end[1])
-      out_.write(i, n, d, h, box, margin, labels, /*with_lse=*/true, total_);
-  }
-
-  const PowerSum& total() const { return total_; }
-
  private:
-  const RegionCrossEntropyParams& p_;
   const T exponent_;
-  LossRows<T> out_;
-  PowerSum total_;
 };
 
 template <class T>

@@ -126,7 +126,7 @@ class RegionProbsForward {
     PowerSum total;
     const int64_t planes = 2 * p_.radius[0] + strip_;
     planes_.reset(box, 1, planes, planes);
-    out_.reset(box);
+    out_.reset(box, kRegionStrip);
     march_forward(
         p_, box, strip_, [&](int64_t d) { planes_.load(n, d, &box, lse_); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
@@ -147,8 +147,10 @@ class RegionProbsForward {
         vector(S::load(labels.at(d + i, h, box.begin[2] + x)), i, out_.losses(i) + x);
       }
     }
-    for (int64_t i = 0; i < count; ++i)
-      out_.write(i, n, d + i, h, box, 0, labels.at(d + i, h, box.begin[2]), /*with_lse=*/false, total);
+    for (int64_t i = 0; i < count; ++i) {
+      out_.write(i, n, d + i, h, box, 0, /*with_lse=*/false);
+      out_.add(n, d + i, h, box, labels.at(d + i, h, box.begin[2]), total);
+    }
   }
 
   // Loss of row i of the merged tile.
@@ -199,7 +201,7 @@ class RegionProbsBackward {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], between + p_.radius[0]);
     anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), planes_.channels(), between);
-    slopes_.reset(anchors_.box);
+    slopes_.reset(anchors_.box, kRegionStrip);
     row_.reset(row_memory_, box.row(), p_.classes, 1);
     march_backward(
         p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },

@@ -92,6 +92,12 @@ void with_label_type(RegionLabel type, F f) {
 template <class T>
 inline constexpr T kLowestLogit = sizeof(T) == 8 ? T(-1e300) : T(-1e36);
 
+template <class T, class Logit>
+T read_logit(Logit v) {
+  const T x = widen(v);
+  return x < kLowestLogit<T> ? kLowestLogit<T> : x;
+}
+
 // Rows of labels as Int: the class, or -1 where ignored.
 template <class T>
 class LabelRows {
@@ -159,15 +165,11 @@ void load_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_
     const int64_t count = end - begin;
     const Logit* row = static_cast<const Logit*>(p.input) + n * stride[0] + d * stride[2] + h * stride[3] +
                        begin * stride[4];
-    const auto read = [](Logit v) {
-      const T x = widen(v);
-      return x < kLowestLogit<T> ? kLowestLogit<T> : x;
-    };
     if (stride[4] == 1) {
       for (int64_t c = 0; c < p.classes; ++c) {
         const Logit* from = row + c * stride[1];
         T* to = out + c * class_stride;
-        for (int64_t x = 0; x < count; ++x) to[x] = read(from[x]);
+        for (int64_t x = 0; x < count; ++x) to[x] = read_logit<T>(from[x]);
       }
       return;
     }
@@ -178,7 +180,28 @@ void load_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_
       const int64_t last = first + kPixels < count ? first + kPixels : count;
       for (int64_t c = 0; c < p.classes; ++c)
         for (int64_t x = first; x < last; ++x)
-          out[c * class_stride + x] = read(row[x * stride[4] + c * stride[1]]);
+          out[c * class_stride + x] = read_logit<T>(row[x * stride[4] + c * stride[1]]);
+    }
+  });
+}
+
+// Columns [begin, end) of rows [first, last) of class c, for images (h = 0): row d goes to
+// out + (d - first) * row_stride. kWhole columns, the usual number, take fewest instructions.
+template <int64_t kWhole, class T>
+void load_class(const RegionCrossEntropyParams& p, int64_t n, int64_t c, int64_t first, int64_t last,
+                int64_t begin, int64_t end, T* out, int64_t row_stride) {
+  with_logit_type<T>(p.logit, [&](auto type) {
+    using Logit = decltype(type);
+    const int64_t *stride = p.input_stride, step = stride[4], count = end - begin;
+    const Logit* from =
+        static_cast<const Logit*>(p.input) + n * stride[0] + c * stride[1] + first * stride[2] + begin * step;
+    for (int64_t d = first; d < last; ++d, from += stride[2], out += row_stride) {
+      if (step == 1 && count == kWhole)
+        for (int64_t x = 0; x < kWhole; ++x) out[x] = read_logit<T>(from[x]);
+      else if (step == 1)
+        for (int64_t x = 0; x < count; ++x) out[x] = read_logit<T>(from[x]);
+      else
+        for (int64_t x = 0; x < count; ++x) out[x] = read_logit<T>(from[x * step]);
     }
   });
 }
@@ -202,7 +225,7 @@ class Prefetch {
   }
 
   // (Always inline: a function that only prefetches counts as free of effects, and calls to it are dropped.)
-  DYNPLAN_INLINE void operator()(int64_t c) const { __builtin_prefetch(at_ + c * class_bytes_, 0, 3); }
+  DYNPLAN_INLINE void operator()(int64_t c) const { __builtin_prefetch(at_ + c * class_bytes_, 0, 2); }
 
  private:
   const char* at_ = reinterpret_cast<const char*>(this);
@@ -212,7 +235,8 @@ class Prefetch {
 // The reverse of load_logits, for the gradient, which has its own strides.
 template <class T>
 void store_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyGrad& grad, int64_t n,
-                    int64_t d, int64_t h, int64_t begin, int64_t end, const T* in, int64_t class_stride) {
+                    int64_t d, int64_t h, int64_t first_class, int64_t last_class, int64_t begin, int64_t end,
+                    const T* in, int64_t class_stride) {
   with_logit_type<T>(p.logit, [&](auto type) {
     using Logit = decltype(type);
     const int64_t* stride = grad.grad_input_stride;
@@ -223,8 +247,8 @@ void store_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyG
     const int64_t block = stride[4] == 1 ? count : kPixels;
     for (int64_t first = 0; first < count; first += block) {
       const int64_t last = first + block < count ? first + block : count;
-      for (int64_t c = 0; c < p.classes; ++c) {
-        const T* from = in + c * class_stride;
+      for (int64_t c = first_class; c < last_class; ++c) {
+        const T* from = in + (c - first_class) * class_stride;
         Logit* to = row + c * stride[1];
         if (stride[4] == 1)
           for (int64_t x = first; x < last; ++x) narrow(from[x], to[x]);

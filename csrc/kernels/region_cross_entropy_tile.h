@@ -58,19 +58,12 @@ class TileWindows {
     return S::masked(own >= 0, total);
   }
 
-  // Calls f(c) for the classes that centres of the planned tile have.
-  template <class F>
-  DYNPLAN_INLINE void for_labels(F f) const {
-    for (int l = 0; l < num_labels_; ++l) f(static_cast<int64_t>(label_[l]));
-    for (int64_t c = 0; num_labels_ < 0 && c < p_.classes; ++c) f(c);
-  }
-
  protected:
   // `plain`: all windows hold one label. `masked`: the centres of a column have few labels; there is a pass
   // for the first of each column, for the second, ... over the pixels that have it. `taps`: pixel by pixel,
   // whatever the labels and weights.
   enum class Kind { plain, masked, taps };
-  static constexpr int kMaxPasses = 3, kMaxLabels = 4;
+  static constexpr int kMaxPasses = 3;
 
   struct Row {
     int64_t label, value;  // offsets in the rings, to be added to a column
@@ -115,15 +108,14 @@ class TileWindows {
 
   // Finds out about the tile of centres in the ring's columns [column, column + kLanes).
   void plan(int64_t column) {
-    label_[0] = own_[0][column];
-    if (nested_ && label_[0] >= 0 && same_everywhere(column, label_[0])) {
+    const Int label = own_[0][column];
+    if (nested_ && label >= 0 && same_everywhere(column, label)) {
       kind_ = Kind::plain;
-      num_labels_ = num_passes_ = 1;
+      num_passes_ = 1;
     } else if (nested_ && find_passes(column)) {
       kind_ = Kind::masked;
     } else {
       kind_ = Kind::taps;
-      num_labels_ = -1;
       find_taps(column);
     }
   }
@@ -143,8 +135,6 @@ class TileWindows {
 
   // The planned tile.
   Kind kind_ = Kind::plain;
-  int num_labels_ = 0;  // of the centres; -1: many
-  Int label_[kMaxLabels];
   int num_passes_ = 0;
   Pass passes_[kMaxPasses];
   std::unique_ptr<M[]> agree_;  // lanes that take a tap of extra_
@@ -195,7 +185,6 @@ class TileWindows {
     for (int64_t i = 0; i < count_; ++i)
       if (!S::bits(taken[i])) passes_[0].reach(i);
     for (int l = 0; l < num_passes_; ++l) find_pixels(passes_[l], column, label[l]);
-    find_labels(label);
     return true;
   }
 
@@ -208,23 +197,6 @@ class TileWindows {
     for (int64_t row = begin; row < end; ++row) {
       const Int* labels = labels_.data + rows_[row].label + column;
       for (int x = -r; x <= r; ++x) *mask++ = S::equal(S::load(labels + x), label);
-    }
-  }
-
-  void find_labels(const M* label) {
-    num_labels_ = 0;
-    for (int pass = 0; pass < num_passes_; ++pass) {
-      M rest = label[pass];
-      for (int l = 0; l < num_labels_; ++l) rest |= rest == label_[l];
-      while (const unsigned left = S::bits(rest >= 0)) {
-        if (num_labels_ == kMaxLabels) {
-          num_labels_ = -1;
-          return;
-        }
-        const Int found = rest[std::countr_zero(left)];
-        rest |= rest == found;
-        label_[num_labels_++] = found;
-      }
     }
   }
 

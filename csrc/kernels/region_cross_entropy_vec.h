@@ -80,12 +80,21 @@ struct Simd {
     return v;
   }
 
-  // Lanes that are wanted, in the form that takes least to keep and to apply; and the vector at `p`, 0 where
-  // it is not wanted.
+  // Lanes that are wanted, in the form that takes least to keep and to apply; the vector at `p`, 0 where it is
+  // not wanted; and its sum with another.
 #if DYNPLAN_VECTOR_MASKS
   using Mask = __mmask8;
   DYNPLAN_INLINE static Mask equal(M a, M b) {
     return _mm256_cmpeq_epi32_mask(std::bit_cast<__m256i>(a), std::bit_cast<__m256i>(b));
+  }
+  DYNPLAN_INLINE static Mask mask(M lanes) {
+    return _mm256_movepi32_mask(std::bit_cast<__m256i>(lanes));
+  }
+  DYNPLAN_INLINE static bool any(Mask m) {
+    return m != 0;
+  }
+  DYNPLAN_INLINE static bool full(Mask m) {
+    return m == 0xff;
   }
   DYNPLAN_INLINE static V masked(Mask wanted, V v) {
     return std::bit_cast<V>(_mm256_maskz_mov_ps(wanted, std::bit_cast<__m256>(v)));
@@ -93,15 +102,35 @@ struct Simd {
   DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
     return std::bit_cast<V>(_mm256_maskz_loadu_ps(wanted, p));
   }
+  DYNPLAN_INLINE static V add_masked(V v, const T* p, Mask wanted) {
+    const __m256 sum = std::bit_cast<__m256>(v);
+    return std::bit_cast<V>(_mm256_mask_add_ps(sum, wanted, sum, _mm256_loadu_ps(p)));
+  }
 #else
   using Mask = M;
   DYNPLAN_INLINE static Mask equal(M a, M b) {
     return a == b;
   }
+  DYNPLAN_INLINE static Mask mask(M lanes) {
+    return lanes;
+  }
+  DYNPLAN_INLINE static bool any(Mask m) {
+    return bits(m) != 0;
+  }
+  DYNPLAN_INLINE static bool full(Mask m) {
+    return all(m);
+  }
   DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
     return masked(wanted, load(p));
   }
+  DYNPLAN_INLINE static V add_masked(V v, const T* p, Mask wanted) {
+    return v + load_masked(p, wanted);
+  }
 #endif
+
+  DYNPLAN_INLINE static Mask both(Mask a, Mask b) {
+    return static_cast<Mask>(a & b);
+  }
 
   // e^x for x <= 88, within 1 ulp for float; 0 where it is below the smallest normal number. NaN passes
   // through. Range reduction by a multiple of ln 2, then a minimax polynomial, its terms paired: this is

@@ -24,16 +24,16 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Scratch memory that grows. It holds zeros at first, then what was left there.
+// Scratch memory that grows. It holds zeros at first, unless they are not asked for, then what was left there.
 template <class T>
 class Scratch {
  public:
-  T* get(int64_t count) {
+  T* get(int64_t count, bool zeros = true) {
     if (count > capacity_) {
       const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
       memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (!memory_) throw std::bad_alloc();
-      std::memset(memory_.get(), 0, bytes);
+      if (zeros) std::memset(memory_.get(), 0, bytes);
       capacity_ = count;
     }
     return memory_.get();
@@ -52,6 +52,10 @@ struct Box {
   int64_t begin[3], end[3];
 
   int64_t extent(int axis) const { return end[axis] - begin[axis]; }
+  // Whether row (d, h) is one of the box.
+  bool holds(int64_t d, int64_t h) const {
+    return d >= begin[0] && d < end[0] && h >= begin[1] && h < end[1];
+  }
   Box row() const { return {{begin[0], begin[1], begin[2]}, {end[0], begin[1] + 1, end[2]}}; }
   Box grown(const int* radius, int times) const {
     Box box = *this;
@@ -80,8 +84,8 @@ class Tiling {
   }
 
   // Room for rings that cost `bytes` per column.
+  static constexpr int64_t kScratchBytes = 640 * 1024;  // of a second-level cache of 1 MiB or more
   static int64_t columns(int64_t bytes) {
-    constexpr int64_t kScratchBytes = 640 * 1024;  // of a second-level cache of 1 MiB or more
     return larger(64, kScratchBytes / larger(1, bytes));
   }
 

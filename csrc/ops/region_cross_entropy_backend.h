@@ -5,6 +5,7 @@
 // and, where it has them, the op that does both at once and returns what the gradient is to be multiplied by,
 // and memory of its own for gradients:
 //   static double once(const char* op, const Params&, const State&, const Grad&)
+//   static void scale(const at::Tensor& gradient, double factor)
 //   static at::Tensor empty_like(const at::Tensor& input)
 #pragma once
 
@@ -121,7 +122,7 @@ class RegionCrossEntropyOps {
     kernels::RegionCrossEntropyGrad grad;
     Tensor grad_input = grad_input_of(input, grad);
     const double factor = Backend::once(kPlain, params, state_of(out), grad);
-    if (factor != 1) grad_input.mul_(factor);
+    if (factor != 1) Backend::scale(grad_input, factor);
     return {out.value, out.normalizer, out.losses, out.lse, grad_input};
   }
 

@@ -203,13 +203,15 @@ def _gradient_at_once(input: Tensor, merge: str, options: tuple) -> bool:
         and input.dtype == torch.float32
         and merge == "logits"
         and label_smoothing == 0
-        and all(s == 1 for s in stride)
+        and stride.count(1) == len(stride)
     )
 
 
 def _numbers(op: str, argument: str, value, count: int, number: Callable) -> list:
     """The numbers of ``value``; ``count`` times ``value`` where it is one number."""
     try:
+        if type(value) is int or type(value) is float:  # nearly always, and the others take longer to tell
+            return [number(value)] * count
         if isinstance(value, Iterable) and not (isinstance(value, Tensor) and value.dim() == 0):
             return [number(v) for v in value]
         return [number(value)] * count
@@ -275,33 +277,10 @@ def _register(op: str, extra: int) -> type[Function]:
     return _function(op, find_op(op), setup_context, backward_by(gradient.apply))
 
 
-def _register_once() -> None:
-    """Fake and autograd of ``dynplan::_region_cross_entropy_once``, whose forward has made the gradient."""
-    op = "_region_cross_entropy_once"
-    backward_op = find_op("_region_cross_entropy_backward")
-
-    def fake(input: Tensor, target: Tensor, weight: Tensor | None, *options):
-        state = _fake_state("region_cross_entropy", input, target, *options[:2], merge=options[5])
-        return *state, torch.empty_like(input)
-
-    def setup_context(ctx, inputs, output) -> None:
-        *state, gradient = output
-        ctx.save_for_backward(*inputs[:3], *state)
-        ctx.options, ctx.gradient = inputs[3:], gradient
-        ctx.mark_non_differentiable(state[1], state[3], gradient)
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx, grad_value, _normalizer, grad_losses, *_):
-        saved = ctx.saved_tensors  # asked for first: this is where changed logits are noticed
-        gradient, ctx.gradient = ctx.gradient, None  # handed out once; who receives it may write to it
-        if gradient is None or grad_losses is not None or torch.is_grad_enabled():
-            gradient = backward_op(grad_value, grad_losses, *saved, *ctx.options)
-        elif grad_value != 1:
-            gradient.mul_(grad_value)
-        return gradient, *[None] * (len(ctx.options) + 2)
-
-    torch.library.register_fake(f"dynplan::{op}", fake)
-    torch.library.register_autograd(f"dynplan::{op}", backward, setup_context=setup_context)
+def _fake_once(input: Tensor, target: Tensor, weight: Tensor | None, *options):
+    """Of ``dynplan::_region_cross_entropy_once``, whose autograd is in C++."""
+    state = _fake_state("region_cross_entropy", input, target, *options[:2], merge=options[5])
+    return *state, torch.empty_like(input)
 
 
 def _fake_state(op: str, input: Tensor, target: Tensor, kernel_size, stride, *, merge: str):
@@ -338,4 +317,4 @@ def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None
 
 _PlainFunction = _register("region_cross_entropy", extra=0)
 _UpsampledFunction = _register("region_cross_entropy_upsampled", extra=1)
-_register_once()
+torch.library.register_fake("dynplan::_region_cross_entropy_once", _fake_once)

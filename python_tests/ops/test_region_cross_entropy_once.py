@@ -20,7 +20,7 @@ def drawn():
 def one_pass(input, target, upstream=1.0, **options):
     x = input.detach().requires_grad_()
     loss = region_cross_entropy(x, target, **options)
-    assert "_once" in loss.grad_fn.name()
+    assert "Once" in loss.grad_fn.name()
     return loss.detach(), torch.autograd.grad(loss, x, torch.tensor(upstream))[0]
 
 
@@ -28,7 +28,7 @@ def two_passes(input, target, upstream=1.0, **options):
     """Forward and backward apart, as the diagnostics have them."""
     x = input.detach().requires_grad_()
     loss = region_cross_entropy_stats(x, target, **options).loss
-    assert "_once" not in loss.grad_fn.name()
+    assert "Once" not in loss.grad_fn.name()
     return loss.detach(), torch.autograd.grad(loss, x, torch.tensor(upstream))[0]
 
 

@@ -1,3 +1,8 @@
+#include <ATen/Dispatch.h>
+
+#include <algorithm>
+#include <atomic>
+
 #include "kernels/region_cross_entropy_cpu.h"
 #include "ops/cpu/kept_memory.h"
 #include "ops/cpu/parallel.h"
@@ -35,6 +40,23 @@ struct CpuRegionCrossEntropy {
     const double factor = region_kernels().once(params, state, grad, bad, at_parallel);
     check_labels(op, params, bad);
     return factor;
+  }
+
+  // In place, from the end on: what was written last is still in a cache.
+  static void scale(const at::Tensor& gradient, double factor) {
+    AT_DISPATCH_FLOATING_TYPES(gradient.scalar_type(), "scale", [&] {
+      constexpr int64_t kChunk = 1 << 16;
+      const int64_t numbers = gradient.numel();
+      const auto by = static_cast<scalar_t>(factor);
+      scalar_t* const data = gradient.mutable_data_ptr<scalar_t>();
+      std::atomic<int64_t> left = (numbers + kChunk - 1) / kChunk;
+      at_parallel(at::get_num_threads(), 1, [&](int64_t, int64_t) {
+        for (int64_t chunk = --left; chunk >= 0; chunk = --left) {
+          const int64_t end = std::min(numbers, (chunk + 1) * kChunk);
+          for (int64_t i = chunk * kChunk; i < end; ++i) data[i] *= by;
+        }
+      });
+    });
   }
 
   static at::Tensor empty_like(const at::Tensor& input) { return empty_like_in_kept_memory(input); }

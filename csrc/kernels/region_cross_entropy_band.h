@@ -1,0 +1,240 @@
+// merge = logits on images, stride 1, windows as wide as high. A unit of work is a band of rows, marched
+// through from left to right in blocks of columns: merge the anchors of a block, a few classes at a time and
+// vector by vector from the top of the band to its bottom; turn what is merged into losses and gradients g_q;
+// gather g over the windows of a block kLag columns further back. What is made of merged vectors is the
+// stage's: that of the forward, of the backward, or of both at once.
+//
+// Rows are counted from the first that the gradients of a band depend on, two radii above it.
+#pragma once
+
+#include "kernels/region_cross_entropy_backward.h"
+#include "kernels/region_cross_entropy_roll.h"
+
+namespace dynplan::kernels::DYNPLAN_ISA {
+
+inline bool takes_bands(const RegionCrossEntropyParams& p) {
+  bool square = p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
+  for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
+  for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
+  return square && p.radius[0] == p.radius[2];
+}
+
+template <class T, class Stage>
+class Band {
+ public:
+  using S = Simd<T>;
+  using V = typename S::V;
+  using M = typename S::M;
+  using Int = typename S::Int;
+
+  // Bands whose anchors, and what is asked for ahead, fit in the second-level cache; with or without a
+  // gradient alike, so that a loss has the same bits.
+  static Tiling tiling(const RegionCrossEntropyParams& p) {
+    const int64_t bytes = 2 * kWidth * p.classes * static_cast<int64_t>(sizeof(T));
+    const int64_t rows = larger(32, Tiling::kScratchBytes / larger(1, bytes) - 3 * p.radius[0]);
+    return Tiling(p.batch, p.size, p.size[2], rows, 1);
+  }
+
+  Band(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+       const RegionCrossEntropyGrad& grad)
+      : p_(params),
+        r_(p_.radius[2]),
+        grad_(grad),
+        direct_(kGradient ? DirectRows<T>(params, grad) : DirectRows<T>()),
+        label_rows_(params),
+        stage_(params, state, grad),
+        roll_(params) {}
+
+  PowerSum run(int64_t n, const Box& box) {
+    n_ = n;
+    box_ = box;
+    reset();
+    PowerSum total;
+    for (int64_t x = 0; x - (kGradient ? kLag : 0) < p_.size[2]; x += kBlock) {
+      if (x < p_.size[2]) merge(x);
+      if constexpr (kGradient) gather(x);
+    }
+    for (int64_t row = first_; row < last_; ++row) {
+      stage_.end(row - first_, n_, image_row(row), 0, box_, 0);
+      stage_.add(n_, image_row(row), 0, box_, labels(row, 0), total);
+    }
+    return total;
+  }
+
+  const RegionBadLabel& bad() const { return label_rows_.bad(); }
+
+ private:
+  static constexpr bool kGradient = Stage::kGradient;
+  static constexpr int64_t kBlock = 64, kLag = 8, kWidth = kBlock + 2 * kLag;
+  static constexpr int64_t kPlans = (kBlock + kLag) / S::lanes;
+  static_assert(kLag >= kRegionMaxRadius && kLag % S::lanes == 0);
+
+  int64_t image_row(int64_t row) const { return box_.begin[0] - 2 * r_ + row; }
+  int64_t inside(int64_t x) const { return smaller(x, p_.size[2]); }
+  Int* labels(int64_t row, int64_t x) const { return labels_.data + row * labels_.row_stride + kLag + x; }
+  ColumnPlan<T>& plan(int64_t w) { return plans_[w / S::lanes % kPlans]; }
+
+  template <class Number>
+  Columns<Number> columns(Scratch<Number>& memory, int64_t classes, int64_t width) const {
+    // An odd number of cache lines keeps classes out of each other's sets.
+    constexpr int64_t kLine = 64 / sizeof(Number);
+    const int64_t class_stride = (ceil_div(rows_ * width, kLine) | 1) * kLine;
+    return {memory.get(class_stride * classes + kLine, /*zeros=*/false), class_stride, width};
+  }
+
+  void reset() {
+    rows_ = box_.extent(0) + 4 * r_;
+    // Anchors that windows of the band hold, and those that are merged.
+    first_anchor_ = larger(r_, 2 * r_ - box_.begin[0]);
+    last_anchor_ = smaller(rows_ - r_, 2 * r_ + p_.size[0] - box_.begin[0]);
+    first_ = kGradient ? first_anchor_ : 2 * r_;
+    last_ = kGradient ? last_anchor_ : rows_ - 2 * r_;
+    staged_ = columns(staged_memory_, Roll<T>::together(p_), kWidth);
+    anchors_ = columns(anchor_memory_, p_.classes, kWidth);
+    normalizers_ = columns(normalizer_memory_, 1, kBlock);
+    agreement_ = columns(agreement_memory_, stage_.counts(), kBlock);
+    if (planned_rows_ < rows_)
+      for (ColumnPlan<T>& plan : plans_) plan.reset(r_, rows_);
+    planned_rows_ = larger(planned_rows_, rows_);
+    for (int64_t x = 0; x < kBlock + kLag; x += kPrefetched) prefetch_rows(x, 0, rows_);
+    load_labels();
+    stage_.reset(box_, last_ - first_);
+    for (int64_t row = first_; row < last_; ++row) stage_.begin(row - first_, n_, image_row(row), 0, box_);
+  }
+
+  void load_labels() {
+    labels_ = columns(label_memory_, 1, ceil_div(p_.size[2] + 2 * kLag + S::lanes, 16) * 16);
+    std::memset(labels_.data, 0xff, labels_.class_stride * sizeof(Int));  // -1 outside the image
+    for (int64_t row = 0; row < rows_; ++row)
+      if (const int64_t d = image_row(row); d >= 0 && d < p_.size[0])
+        label_rows_.load(n_, d, 0, 0, p_.size[2], labels(row, 0));
+  }
+
+  // Anchors of columns [x, x + kBlock).
+  void merge(int64_t x) {
+    const int64_t end = inside(x + kBlock);
+    for (int64_t w = x; w < end; w += S::lanes) {
+      plan(w).make(labels(0, w), labels_.row_stride, first_anchor_, last_anchor_);
+      const Columns<T> to{normalizers_.data + (w - x), 0, normalizers_.row_stride};
+      roll_.normalizers(plan(w), to, first_, last_);
+      if (stage_.counts())
+        roll_.agreement(plan(w), {agreement_.data + (w - x), 0, agreement_.row_stride}, first_, last_);
+    }
+    const int64_t together = Roll<T>::together(p_);
+    for (int64_t c = 0; c < p_.classes; c += together) {
+      const int64_t classes = smaller(together, p_.classes - c);
+      for (int64_t k = 0; k < classes; ++k) load(c + k, x, staged_.data + k * staged_.class_stride);
+      for (int64_t w = x; w < end; w += S::lanes)
+        roll_.sums(plan(w), {staged_.data + kLag + (w - x), staged_.class_stride, staged_.row_stride},
+                   anchors(c, w - x), classes, first_, last_);
+    }
+    for (int64_t row = first_; row < last_; row += kRegionStrip)
+      for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x);
+    prefetch_rows(x + kBlock + kLag, 0, first_);
+    prefetch_rows(x + kBlock + kLag + kPrefetched, 0, first_);
+  }
+
+  // Anchors of class c on, from column `w` of the block on.
+  Columns<T> anchors(int64_t c, int64_t w) const {
+    return {anchors_.data + c * anchors_.class_stride + 2 * kLag + w, anchors_.class_stride,
+            anchors_.row_stride};
+  }
+
+  // Logits of class c that windows of the block hold.
+  void load(int64_t c, int64_t x, T* out) const {
+    const int64_t first = larger(0, image_row(first_ - r_)), last = smaller(p_.size[0], image_row(last_ + r_));
+    const int64_t begin = larger(0, x - kLag), end = inside(x + kBlock + kLag);
+    load_class<kWidth>(p_, n_, c, first, last, begin, end,
+                       out + (first - image_row(0)) * staged_.row_stride + begin - (x - kLag),
+                       staged_.row_stride);
+  }
+
+  // What is merged of a strip of rows of a vector, in place.
+  DYNPLAN_INLINE void tile(int64_t row, int64_t w, int64_t x) {
+    const int64_t count = smaller(kRegionStrip, last_ - row), column = w - x;
+    const Columns<T> here = anchors(0, column);
+    MergedTile<T> merged(here.data + row * here.row_stride, here.class_stride, here.row_stride);
+    AnchorTile<T> tile;
+    tile.count = count;
+    tile.class_stride = here.class_stride;
+    for (int64_t i = 0; i < count; ++i) {
+      merged.totals[i] = S::load(normalizers_.data + (row + i) * normalizers_.row_stride + column);
+      tile.own[i] = S::load(labels(row + i, w));
+      tile.scale[i] = merged.scale(i, tile.own[i]);
+      tile.out[i] = merged.address(0, i);
+      tile.ahead[i] = ahead(row + i, column, x);
+      stage_.place(row - first_ + i, w, tile, i);
+      if (stage_.counts())
+        S::store(stage_.agreement(row - first_ + i) + w,
+                 S::load(agreement_.data + (row + i) * agreement_.row_stride + column));
+    }
+    stage_.tile(merged, tile);
+  }
+
+  // Gradients of columns [x - kLag, x - kLag + kBlock).
+  void gather(int64_t x) {
+    const int64_t first = 2 * r_, last = rows_ - 2 * r_, together = Roll<T>::together(p_);
+    const int64_t begin = larger(0, x - kLag), end = inside(x - kLag + kBlock);
+    for (int64_t c = 0; c < p_.classes; c += together) {
+      const int64_t classes = smaller(together, p_.classes - c);
+      for (int64_t w = begin; w < end; w += S::lanes) {
+        const Columns<T> at = anchors(c, w - x);
+        const Columns<const T> from{at.data, at.class_stride, at.row_stride};
+        if (direct_.base && w + S::lanes <= p_.size[2]) {
+          T* to = direct_.at(n_, box_.begin[0], 0, w) + c * direct_.class_stride - first * direct_.stride[1];
+          roll_.sums(plan(w), from, {to, direct_.class_stride, direct_.stride[1]}, classes, first, last);
+        } else {
+          // Staged in rows of a vector.
+          const Columns<T> to{staged_.data, staged_.class_stride, S::lanes};
+          roll_.sums(plan(w), from, to, classes, first, last);
+          for (int64_t row = first; row < last; ++row)
+            store_gradient(p_, grad_, n_, image_row(row), 0, c, c + classes, w, inside(w + S::lanes),
+                           to.data + row * to.row_stride, to.class_stride);
+        }
+      }
+    }
+    // What windows of the next block reach.
+    for (int64_t c = 0; c < p_.classes; ++c) {
+      T* at = anchors_.data + c * anchors_.class_stride + first_ * kWidth;
+      for (int64_t row = first_; row < last_; ++row, at += kWidth)
+        std::memcpy(at, at + kBlock, 2 * kLag * sizeof(T));
+    }
+  }
+
+  // The first half of a block's vectors ask for the next block's logits, the others for the gradient that will
+  // be gathered: each for the cache line in which some columns end.
+  static constexpr int64_t kPrefetched = 16;
+
+  DYNPLAN_INLINE Prefetch ahead(int64_t row, int64_t column, int64_t x) const {
+    const int64_t d = image_row(row), w = column % (kBlock / 2) * 2 + kPrefetched;
+    if (column < kBlock / 2) return Prefetch::logits(p_, n_, d, 0, inside(x + kBlock + kLag + w) - 1);
+    return direct_.ahead(box_, n_, d, 0, inside(x - kLag + w) - 1);
+  }
+  void prefetch_rows(int64_t w, int64_t begin, int64_t end) const {
+    for (int64_t row = larger(begin, -image_row(0)); row < end; ++row) {
+      const auto line = Prefetch::logits(p_, n_, image_row(row), 0, inside(w + kPrefetched) - 1);
+      for (int64_t c = 0; c < p_.classes; ++c) line(c);
+    }
+  }
+
+  const RegionCrossEntropyParams& p_;
+  const int r_;
+  const RegionCrossEntropyGrad& grad_;
+  const DirectRows<T> direct_;
+  LabelRows<T> label_rows_;
+  Stage stage_;
+  const Roll<T> roll_;
+  ColumnPlan<T> plans_[kPlans];
+  int64_t planned_rows_ = 0;
+  int64_t n_ = 0;
+  Box box_{};
+  int64_t rows_ = 0, first_anchor_ = 0, last_anchor_ = 0, first_ = 0, last_ = 0;
+  Columns<Int> labels_{};
+  Columns<T> staged_{};   // logits of a few classes, [x - kLag, x + kBlock + kLag)
+  Columns<T> anchors_{};  // merged vectors, then their gradients, [x - 2 kLag, x + kBlock)
+  Columns<T> normalizers_{}, agreement_{};
+  Scratch<Int> label_memory_;
+  Scratch<T> staged_memory_, anchor_memory_, normalizer_memory_, agreement_memory_;
+};
+
+}  // namespace dynplan::kernels::DYNPLAN_ISA
