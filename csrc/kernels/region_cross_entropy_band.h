@@ -45,12 +45,21 @@ class Band {
         stage_(params, state, grad),
         roll_(params) {}
 
-  PowerSum run(int64_t n, const Box& box) {
-    n_ = n;
-    box_ = box;
+  // upcoming() tells which unit will probably be the next.
+  template <class Upcoming>
+  PowerSum run(const Tiling& tiling, int64_t unit, const Upcoming& upcoming) {
+    const bool asked_for = unit == next_unit_;
+    n_ = tiling.box(unit, box_);
+    next_unit_ = -1;
     reset();
+    for (int64_t x = 0; !asked_for && x < kBlock + kLag; x += kPrefetched)
+      prefetch_rows(n_, box_, x, first_ - r_, last_ + r_);
     PowerSum total;
     for (int64_t x = 0; x - (kGradient ? kLag : 0) < p_.size[2]; x += kBlock) {
+      if (next_unit_ < 0 && !goes_on(x)) {
+        next_unit_ = upcoming();
+        next_n_ = next_unit_ < tiling.units() ? tiling.box(next_unit_, next_) : -1;
+      }
       if (x < p_.size[2]) merge(x);
       if constexpr (kGradient) gather(x);
     }
@@ -70,6 +79,8 @@ class Band {
   static_assert(kLag >= kRegionMaxRadius && kLag % S::lanes == 0);
 
   int64_t image_row(int64_t row) const { return box_.begin[0] - 2 * r_ + row; }
+  // Whether blocks after that at x have logits of their own.
+  bool goes_on(int64_t x) const { return x + kBlock + kLag < p_.size[2]; }
   int64_t inside(int64_t x) const { return smaller(x, p_.size[2]); }
   Int* labels(int64_t row, int64_t x) const { return labels_.data + row * labels_.row_stride + kLag + x; }
   ColumnPlan<T>& plan(int64_t w) { return plans_[w / S::lanes % kPlans]; }
@@ -96,7 +107,6 @@ class Band {
     if (planned_rows_ < rows_)
       for (ColumnPlan<T>& plan : plans_) plan.reset(r_, rows_);
     planned_rows_ = larger(planned_rows_, rows_);
-    for (int64_t x = 0; x < kBlock + kLag; x += kPrefetched) prefetch_rows(x, 0, rows_);
     load_labels();
     stage_.reset(box_, last_ - first_);
     for (int64_t row = first_; row < last_; ++row) stage_.begin(row - first_, n_, image_row(row), 0, box_);
@@ -128,10 +138,13 @@ class Band {
         roll_.sums(plan(w), {staged_.data + kLag + (w - x), staged_.class_stride, staged_.row_stride},
                    anchors(c, w - x), classes, first_, last_);
     }
+    for (int64_t w = 0; w < kBlock; w += kPrefetched)
+      if (goes_on(x))
+        prefetch_rows(n_, box_, x + kBlock + kLag + w, first_ - r_, first_ + r_);
+      else
+        prefetch_rows(next_n_, next_, w, first_ - r_, first_ + r_);
     for (int64_t row = first_; row < last_; row += kRegionStrip)
       for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x);
-    prefetch_rows(x + kBlock + kLag, 0, first_);
-    prefetch_rows(x + kBlock + kLag + kPrefetched, 0, first_);
   }
 
   // Anchors of class c on, from column `w` of the block on.
@@ -142,7 +155,8 @@ class Band {
 
   // Logits of class c that windows of the block hold.
   void load(int64_t c, int64_t x, T* out) const {
-    const int64_t first = larger(0, image_row(first_ - r_)), last = smaller(p_.size[0], image_row(last_ + r_));
+    const int64_t first = larger(0, image_row(first_ - r_)),
+                  last = smaller(p_.size[0], image_row(last_ + r_));
     const int64_t begin = larger(0, x - kLag), end = inside(x + kBlock + kLag);
     load_class<kWidth>(p_, n_, c, first, last, begin, end,
                        out + (first - image_row(0)) * staged_.row_stride + begin - (x - kLag),
@@ -201,18 +215,25 @@ class Band {
     }
   }
 
-  // The first half of a block's vectors ask for the next block's logits, the others for the gradient that will
-  // be gathered: each for the cache line in which some columns end.
+  // The first half of a block's vectors ask for the logits that the next block, or the next unit's first,
+  // adds to those of this one; the others for the gradient that will be gathered. Each asks for the cache
+  // line in which some columns end.
   static constexpr int64_t kPrefetched = 16;
 
   DYNPLAN_INLINE Prefetch ahead(int64_t row, int64_t column, int64_t x) const {
-    const int64_t d = image_row(row), w = column % (kBlock / 2) * 2 + kPrefetched;
-    if (column < kBlock / 2) return Prefetch::logits(p_, n_, d, 0, inside(x + kBlock + kLag + w) - 1);
-    return direct_.ahead(box_, n_, d, 0, inside(x - kLag + w) - 1);
+    const int64_t w = column % (kBlock / 2) * 2;
+    if (column >= kBlock / 2)
+      return direct_.ahead(box_, n_, image_row(row), 0, inside(x - kLag + w + kPrefetched) - 1);
+    if (goes_on(x)) return logits_ahead(n_, box_, row + r_, x + kBlock + kLag + w);
+    return logits_ahead(next_n_, next_, row + r_, w);
   }
-  void prefetch_rows(int64_t w, int64_t begin, int64_t end) const {
-    for (int64_t row = larger(begin, -image_row(0)); row < end; ++row) {
-      const auto line = Prefetch::logits(p_, n_, image_row(row), 0, inside(w + kPrefetched) - 1);
+  DYNPLAN_INLINE Prefetch logits_ahead(int64_t n, const Box& box, int64_t row, int64_t w) const {
+    if (n < 0) return {};
+    return Prefetch::logits(p_, n, box.begin[0] - 2 * r_ + row, 0, inside(w + kPrefetched) - 1);
+  }
+  void prefetch_rows(int64_t n, const Box& box, int64_t w, int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto line = logits_ahead(n, box, row, w);
       for (int64_t c = 0; c < p_.classes; ++c) line(c);
     }
   }
@@ -226,8 +247,8 @@ class Band {
   const Roll<T> roll_;
   ColumnPlan<T> plans_[kPlans];
   int64_t planned_rows_ = 0;
-  int64_t n_ = 0;
-  Box box_{};
+  int64_t n_ = 0, next_n_ = -1, next_unit_ = -1;
+  Box box_{}, next_{};
   int64_t rows_ = 0, first_anchor_ = 0, last_anchor_ = 0, first_ = 0, last_ = 0;
   Columns<Int> labels_{};
   Columns<T> staged_{};   // logits of a few classes, [x - kLag, x + kBlock + kLag)

@@ -134,9 +134,7 @@ class ColumnPlan {
   }
 
   // The first pass writes all rows but those that go by pixel, so that the others can add to them.
-  bool takes(int k, int64_t row) const {
-    return k == 0 ? !by_pixel_[row] : S::any(passes_[k].mine[row]);
-  }
+  bool takes(int k, int64_t row) const { return k == 0 ? !by_pixel_[row] : S::any(passes_[k].mine[row]); }
 
   void find_runs(int k) {
     Pass& pass = passes_[k];

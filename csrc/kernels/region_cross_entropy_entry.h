@@ -4,22 +4,23 @@
 
 #include <atomic>
 
-#include "kernels/region_cross_entropy_cpu.h"
 #include "kernels/region_cross_entropy_band.h"
+#include "kernels/region_cross_entropy_cpu.h"
 #include "kernels/region_cross_entropy_once.h"
 #include "kernels/region_cross_entropy_probs.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-// run(kernel, unit) for all units. Each thread takes the next that nobody has taken, so that a thread that
-// other work slows down takes fewer. (A range of `parallel` stands for a thread; which one it is is ignored.)
+// run(kernel, unit, upcoming) for all units. upcoming() is the unit that would be taken now. Each thread
+// takes the next that nobody has taken, so that a thread that other work slows down takes fewer. (A range of
+// `parallel` stands for a thread; which one it is is ignored.)
 template <class Make, class Run>
 void for_units(int64_t units, Parallel parallel, Make make, Run run) {
   std::atomic<int64_t> next = 0;
   parallel(units, 1, [&](int64_t, int64_t) {
     int64_t unit = next++;
     if (unit >= units) return;
-    for (auto kernel = make(); unit < units; unit = next++) run(*kernel, unit);
+    for (auto kernel = make(); unit < units; unit = next++) run(*kernel, unit, [&] { return next.load(); });
   });
 }
 
@@ -67,7 +68,7 @@ RegionBadLabel run_forward(const RegionCrossEntropyParams& p, const RegionCrossE
   UnitResults results(tiling.units());
   for_units(
       tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state); },
-      [&](Kernel& kernel, int64_t unit) {
+      [&](Kernel& kernel, int64_t unit, const auto&) {
         Box box;
         const int64_t n = tiling.box(unit, box);
         const PowerSum sum = kernel.run(n, box);
@@ -85,14 +86,13 @@ void run_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
   const Tiling tiling = tiling_of<T, Kernel>(p);
   for_units(
       tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state, grad); },
-      [&](Kernel& kernel, int64_t unit) {
+      [&](Kernel& kernel, int64_t unit, const auto&) {
         Box box;
         const int64_t n = tiling.box(unit, box);
-        kernel.run(n, box, DirectRows<T>(p, grad),
-                   [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
-                     store_gradient(p, grad, n, d, h, 0, p.classes, box.begin[2], box.end[2], row,
-                                    class_stride);
-                   });
+        kernel.run(
+            n, box, DirectRows<T>(p, grad), [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
+              store_gradient(p, grad, n, d, h, 0, p.classes, box.begin[2], box.end[2], row, class_stride);
+            });
         done(kernel, unit);
       });
 }
@@ -118,7 +118,7 @@ void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
   };
   for_units(
       tiling.units(), parallel, [&] { return std::make_unique<Folding>(p, state, grad); },
-      [&](Folding& to, int64_t unit) {
+      [&](Folding& to, int64_t unit, const auto&) {
         Box box;
         const int64_t n = tiling.box(unit, box);
         to.folded.begin(n, box);
@@ -139,10 +139,8 @@ UnitResults run_bands(const RegionCrossEntropyParams& p, const RegionCrossEntrop
   UnitResults results(tiling.units());
   for_units(
       tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state, grad); },
-      [&](Kernel& kernel, int64_t unit) {
-        Box box;
-        const int64_t n = tiling.box(unit, box);
-        const PowerSum sum = kernel.run(n, box);
+      [&](Kernel& kernel, int64_t unit, const auto& upcoming) {
+        const PowerSum sum = kernel.run(tiling, unit, upcoming);
         results.set(unit, sum, kernel.bad());
       });
   return results;
@@ -171,9 +169,9 @@ UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCro
                               const RegionCrossEntropyGrad& grad, Parallel parallel) {
   if (takes_bands(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
   UnitResults results(tiling_of<T, RegionOnce<T>>(p).units());
-  run_gradient<T, RegionOnce<T>>(
-      p, state, grad, parallel,
-      [&](RegionOnce<T>& kernel, int64_t unit) { results.set(unit, kernel.total(), kernel.bad()); });
+  run_gradient<T, RegionOnce<T>>(p, state, grad, parallel, [&](RegionOnce<T>& kernel, int64_t unit) {
+    results.set(unit, kernel.total(), kernel.bad());
+  });
   return results;
 }
 

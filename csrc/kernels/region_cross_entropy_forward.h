@@ -251,8 +251,8 @@ class ForwardAnchors : public LossAnchors<T> {
     const ClassWeights<T>& weights = out_.weights();
     const TileLabels<T> labels(at.own, at.count, p_.classes);
     const MergedLosses<T> made(
-        merged, labels, p_.classes, at,
-        [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ahead[i](c); });
+        merged, labels, p_.classes,
+        at, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ahead[i](c); });
     for (int64_t i = 0; i < at.count; ++i) {
       V loss = made.loss[i];
       if (weights.weight || weights.soft > 0) loss = weights.hard * weights.of(at.own[i]) * loss;

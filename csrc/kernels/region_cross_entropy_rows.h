@@ -217,7 +217,7 @@ class Prefetch {
   // What load_logits will read of pixel (n, d, h, w).
   DYNPLAN_INLINE static Prefetch logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h,
                                         int64_t w) {
-    const bool inside = d < p.size[0] && w >= 0 && w < p.size[2];
+    const bool inside = d >= 0 && d < p.size[0] && w >= 0 && w < p.size[2];
     if (p.input_stride[4] != 1 || p.low[0] > 0 || !inside) return {};
     const int64_t bytes = p.logit == RegionLogit::f64 ? 8 : p.logit == RegionLogit::f32 ? 4 : 2;
     const int64_t pixel = n * p.input_stride[0] + d * p.input_stride[2] + h * p.input_stride[3] + w;

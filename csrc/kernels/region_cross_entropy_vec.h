@@ -80,8 +80,8 @@ struct Simd {
     return v;
   }
 
-  // Lanes that are wanted, in the form that takes least to keep and to apply; the vector at `p`, 0 where it is
-  // not wanted; and its sum with another.
+  // Lanes that are wanted, in the form that takes least to keep and to apply; the vector at `p`, 0 where it
+  // is not wanted; and its sum with another.
 #if DYNPLAN_VECTOR_MASKS
   using Mask = __mmask8;
   DYNPLAN_INLINE static Mask equal(M a, M b) {

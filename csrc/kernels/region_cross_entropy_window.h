@@ -24,7 +24,8 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Scratch memory that grows. It holds zeros at first, unless they are not asked for, then what was left there.
+// Scratch memory that grows. It holds zeros at first, unless they are not asked for, then what was left
+// there.
 template <class T>
 class Scratch {
  public:
@@ -85,9 +86,7 @@ class Tiling {
 
   // Room for rings that cost `bytes` per column.
   static constexpr int64_t kScratchBytes = 640 * 1024;  // of a second-level cache of 1 MiB or more
-  static int64_t columns(int64_t bytes) {
-    return larger(64, kScratchBytes / larger(1, bytes));
-  }
+  static int64_t columns(int64_t bytes) { return larger(64, kScratchBytes / larger(1, bytes)); }
 
   // Every restart recomputes about 2 r planes.
   static int64_t march(const RegionCrossEntropyParams& p) { return 64 + 8 * p.radius[0]; }

@@ -1,5 +1,5 @@
-// The autograd of _region_cross_entropy_once, whose forward has made the gradient. In C++, for it runs in every
-// step of a training loop, where it finds the caches full of logits.
+// The autograd of _region_cross_entropy_once, whose forward has made the gradient. In C++, for it runs in
+// every step of a training loop, where it finds the caches full of logits.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>

@@ -1,0 +1,91 @@
+"""Images that take several bands of rows and blocks of columns, with labels of every kind."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynplan.ops import region_cross_entropy, region_cross_entropy_stats
+from dynplan.reference import region_cross_entropy as reference
+from python_tests.helpers import assert_close_to_exact, on_threads
+
+SHAPE = (2, 21, 121, 203)
+
+
+def labels(kind: str) -> Tensor:
+    """(N, H, W): one label, ``patches`` of some 15 pixels, ``stripes`` of one pixel, or ``noise``; a tenth of
+    ``mixed`` is ignored."""
+    batch, classes, height, width = SHAPE
+    if kind == "one":
+        return torch.full((batch, height, width), 3)
+    noise = torch.randint(classes, (batch, height, width))
+    if kind == "noise":
+        return noise
+    if kind == "stripes":
+        return (torch.arange(height)[:, None] % 7 + torch.arange(width) // 50).expand(batch, -1, -1).clone()
+    coarse = torch.randn(batch, classes, height // 15, width // 15)
+    patches = F.interpolate(coarse, (height, width), mode="bilinear").argmax(1)
+    if kind == "patches":
+        return patches
+    patches[:, :40, :90] = noise[:, :40, :90]
+    patches[:, 60:] = torch.where(torch.rand(patches[:, 60:].shape) < 0.1, -100, patches[:, 60:])
+    return patches
+
+
+def value_and_gradient(function, input: Tensor, target: Tensor, **options) -> tuple[Tensor, Tensor]:
+    x = input.detach().requires_grad_()
+    loss = function(x, target, **options)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 15])
+@pytest.mark.parametrize("kind", ["one", "patches", "stripes", "noise", "mixed"])
+def test_equals_the_reference(kind, kernel_size):
+    torch.manual_seed(0)
+    input, target = 2 * torch.randn(SHAPE), labels(kind)
+    value, gradient = value_and_gradient(region_cross_entropy, input, target, kernel_size=kernel_size)
+    eager = value_and_gradient(reference.region_cross_entropy, input, target, kernel_size=kernel_size)
+    exact = value_and_gradient(
+        reference.region_cross_entropy, input.double(), target, kernel_size=kernel_size
+    )
+    assert_close_to_exact(value, eager[0], exact[0])
+    assert_close_to_exact(
+        gradient / exact[1].abs().max(), *(g / exact[1].abs().max() for g in (eager[1], exact[1]))
+    )
+
+
+@pytest.mark.parametrize("kernel_size", [1, 5, 9])
+def test_same_bits_on_any_threads_and_without_a_gradient(kernel_size):
+    torch.manual_seed(0)
+    input, target = torch.randn(SHAPE), labels("mixed")
+    results = on_threads(
+        (1, 2, 3), lambda: value_and_gradient(region_cross_entropy, input, target, kernel_size=kernel_size)
+    )
+    with torch.no_grad():
+        plain = region_cross_entropy(input, target, kernel_size=kernel_size)
+    for value, gradient in results:
+        assert torch.equal(value, plain) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dtypes_and_layouts_equal_float32(dtype, layout):
+    torch.manual_seed(0)
+    input, target = torch.randn(SHAPE).to(dtype).contiguous(memory_format=layout), labels("mixed")
+    value, gradient = value_and_gradient(region_cross_entropy, input, target)
+    assert gradient.dtype == dtype and gradient.is_contiguous(memory_format=layout)
+    expected, expected_gradient = value_and_gradient(region_cross_entropy, input.float().contiguous(), target)
+    torch.testing.assert_close(value.float(), expected, rtol=1e-5, atol=0)
+    largest = expected_gradient.abs().max()
+    tolerance = max(torch.finfo(dtype).eps, 1e-5) * largest
+    assert (gradient.float() - expected_gradient).abs().max() <= tolerance
+
+
+def test_agreement_counts_the_pixels_of_the_label():
+    torch.manual_seed(0)
+    input, target = torch.randn(SHAPE), labels("mixed")
+    stats = region_cross_entropy_stats(input, target, kernel_size=5)
+    padded = F.pad(target, [2] * 4, value=-1)
+    windows = padded.unfold(1, 5, 1).unfold(2, 5, 1)
+    expected = (windows == target[..., None, None]).sum((-2, -1)) * (target >= 0)
+    assert torch.equal(stats.agreement.long(), expected)
