@@ -12,8 +12,11 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
+// Rows of logits have to be dense and in full precision: they are read in short pieces, class by class.
 inline bool takes_bands(const RegionCrossEntropyParams& p) {
-  bool square = p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
+  const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
+  bool square =
+      dense && p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
   for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
   return square && p.radius[0] == p.radius[2];
@@ -31,8 +34,8 @@ class Band {
   // gradient alike, so that a loss has the same bits.
   static Tiling tiling(const RegionCrossEntropyParams& p) {
     const int64_t bytes = 2 * kWidth * p.classes * static_cast<int64_t>(sizeof(T));
-    const int64_t rows = larger(32, Tiling::kScratchBytes / larger(1, bytes) - 3 * p.radius[0]);
-    return Tiling(p.batch, p.size, p.size[2], rows, 1);
+    const int64_t rows = Tiling::kScratchBytes / larger(1, bytes) - 3 * p.radius[0];
+    return Tiling(p.batch, p.size, p.size[2], larger(32, smaller(rows, Tiling::march(p))), 1);
   }
 
   Band(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
@@ -100,7 +103,7 @@ class Band {
     last_anchor_ = smaller(rows_ - r_, 2 * r_ + p_.size[0] - box_.begin[0]);
     first_ = kGradient ? first_anchor_ : 2 * r_;
     last_ = kGradient ? last_anchor_ : rows_ - 2 * r_;
-    staged_ = columns(staged_memory_, Roll<T>::together(p_), kWidth);
+    staged_ = columns(staged_memory_, Roll<T>::kClasses, kWidth);
     anchors_ = columns(anchor_memory_, p_.classes, kWidth);
     normalizers_ = columns(normalizer_memory_, 1, kBlock);
     agreement_ = columns(agreement_memory_, stage_.counts(), kBlock);
@@ -130,9 +133,8 @@ class Band {
       if (stage_.counts())
         roll_.agreement(plan(w), {agreement_.data + (w - x), 0, agreement_.row_stride}, first_, last_);
     }
-    const int64_t together = Roll<T>::together(p_);
-    for (int64_t c = 0; c < p_.classes; c += together) {
-      const int64_t classes = smaller(together, p_.classes - c);
+    for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
+      const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
       for (int64_t k = 0; k < classes; ++k) load(c + k, x, staged_.data + k * staged_.class_stride);
       for (int64_t w = x; w < end; w += S::lanes)
         roll_.sums(plan(w), {staged_.data + kLag + (w - x), staged_.class_stride, staged_.row_stride},
@@ -187,10 +189,10 @@ class Band {
 
   // Gradients of columns [x - kLag, x - kLag + kBlock).
   void gather(int64_t x) {
-    const int64_t first = 2 * r_, last = rows_ - 2 * r_, together = Roll<T>::together(p_);
+    const int64_t first = 2 * r_, last = rows_ - 2 * r_;
     const int64_t begin = larger(0, x - kLag), end = inside(x - kLag + kBlock);
-    for (int64_t c = 0; c < p_.classes; c += together) {
-      const int64_t classes = smaller(together, p_.classes - c);
+    for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
+      const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
       for (int64_t w = begin; w < end; w += S::lanes) {
         const Columns<T> at = anchors(c, w - x);
         const Columns<const T> from{at.data, at.class_stride, at.row_stride};

@@ -76,7 +76,11 @@ class ColumnPlan {
     row_stride_ = row_stride;
     begin_ = begin;
     end_ = end;
-    find_passes();
+    num_passes_ = 0;
+    if (noisy())
+      std::memset(by_pixel_.get() + begin_, true, end_ - begin_);
+    else
+      find_passes();
     for (int k = 0; k < num_passes_; ++k) find_runs(k);
     find_taps();
   }
@@ -89,11 +93,17 @@ class ColumnPlan {
   M labels(int64_t row, int64_t x = 0) const { return S::load(labels_ + row * row_stride_ + x); }
 
  private:
+  // Whether labels change from most pixels to the next.
+  bool noisy() const {
+    M changes{};
+    for (int64_t row = begin_ + 1; row < end_; ++row) changes += labels(row) != labels(row - 1);
+    return S::bits(changes < S::fill_int(static_cast<Int>((begin_ - end_) / 2))) == (1u << S::lanes) - 1;
+  }
+
   // Gives every centre to the first pass that has its label or is free to take it. Pass k has label now[k]
   // since a centre in row last[k].
   void find_passes() {
     M now[kPasses], last[kPasses];
-    num_passes_ = 0;
     for (int64_t row = begin_; row < end_; ++row) {
       const M own = labels(row);
       if (num_passes_ > 0 && S::all(own == now[0])) {  // as in most rows

@@ -24,10 +24,8 @@ class Roll {
   using M = typename Plan::M;
   using Mask = typename Plan::Mask;
 
-  // So many classes at once share the loads of masks, where there are registers for it.
-  static int64_t together(const RegionCrossEntropyParams& p) {
-    return kVectorMasks && p.radius[2] <= kMostTogether ? kTogether : 1;
-  }
+  // So many classes at once share what is read of a plan.
+  static constexpr int64_t kClasses = 9;
 
   explicit Roll(const RegionCrossEntropyParams& params)
       : radius_(params.radius[2]), by_count_(params.normalize == RegionNormalize::count) {
@@ -40,7 +38,7 @@ class Roll {
     }
   }
 
-  // Sums of `classes` classes, at most together(), for centres in rows [begin, end).
+  // Sums of `classes` classes, at most kClasses, for centres in rows [begin, end).
   void sums(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
             int64_t begin, int64_t end) const {
     add_rows<Take::values>(plan, from, to, classes, step_, begin, end);
@@ -59,7 +57,6 @@ class Roll {
   }
 
  private:
-  static constexpr int kTogether = 3, kMostTogether = 3;
   enum class Take { values, ones };
 
   template <Take kTake>
@@ -88,7 +85,8 @@ class Roll {
   template <Take kTake, int kRadius>
   void add_rows(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
                 const T* step, int64_t begin, int64_t end) const {
-    constexpr int kMost = kTake == Take::values && kVectorMasks && kRadius <= kMostTogether ? kTogether : 1;
+    // Where there are registers for it.
+    constexpr int kMost = kTake == Take::values && kVectorMasks && kRadius <= 3 ? 3 : 1;
     for (int k = 0; k < plan.num_passes(); ++k) {
       const auto& pass = plan.pass(k);
       for (int i = 0; i < pass.num_runs; ++i) {
@@ -204,29 +202,29 @@ class Roll {
       const auto& row = plan.tap_row(i);
       if (row.row < begin || row.row >= end) continue;
       int64_t c = 0;
-      for (; c + kTogether <= classes; c += kTogether)
-        add_taps<kTake, kTogether>(plan, row, from, to, weight, c);
+      if (classes == kClasses) add_taps<kTake, kClasses>(plan, row, from, to, weight, c), c = kClasses;
+      for (; c + 3 <= classes; c += 3) add_taps<kTake, 3>(plan, row, from, to, weight, c);
       for (; c < classes; ++c) add_taps<kTake, 1>(plan, row, from, to, weight, c);
     }
   }
 
-  template <Take kTake, int kClasses>
+  template <Take kTake, int64_t kMany>
   void add_taps(const Plan& plan, const typename Plan::TapRow& row, const Columns<const T>& from,
                 const Columns<T>& to, const T* weight, int64_t c) const {
-    V sums[kClasses]{};
+    V sums[kMany]{};
     for (int64_t t = row.begin; t < row.end; ++t) {
       const auto& tap = plan.tap(t);
       const V w = S::fill(weight[tap.distance]);
       const T* at = from.data + (row.row + tap.y) * from.row_stride + tap.x + c * from.class_stride;
-#pragma GCC unroll 8
-      for (int k = 0; k < kClasses; ++k)
+#pragma GCC unroll 9
+      for (int k = 0; k < kMany; ++k)
         if constexpr (kTake == Take::ones)
           sums[k] += S::masked(tap.agree, w);
         else
           sums[k] += w * S::load_masked(at + k * from.class_stride, tap.agree);
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < kClasses; ++k)
+#pragma GCC unroll 9
+    for (int k = 0; k < kMany; ++k)
       S::store(to.data + row.row * to.row_stride + (c + k) * to.class_stride, sums[k]);
   }
 

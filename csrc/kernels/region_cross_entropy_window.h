@@ -1,9 +1,10 @@
 // The geometry of the CPU kernels.
 //
-// Work is cut into units: a tile of rows and columns, marched along the outermost spatial axis (so images are
-// read as depth x 1 x width). Planes of the march live in rings in scratch, already widened to T, with the
-// halo that windows need; rings fit the second-level cache. The units depend on shapes alone, so results do
-// not depend on the number of threads.
+// Work is cut into units. Those of region_cross_entropy_band.h are bands of rows of an image. The others are
+// a tile of rows and columns, marched along the outermost spatial axis (so images are read as depth x 1 x
+// width): planes of the march live in rings in scratch, already widened to T, with the halo that windows
+// need; rings fit the second-level cache. The units depend on shapes alone, so results do not depend on the
+// number of threads.
 #pragma once
 
 #include <cstdlib>

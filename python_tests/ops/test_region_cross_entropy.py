@@ -228,6 +228,12 @@ def test_label_dtypes(dtype):
     assert torch.equal(region_cross_entropy(input, target[:, None].to(dtype), ignore_index=100), expected[0])
 
 
+def assert_same_but_for_order(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal where sums of the same numbers may be taken in another order."""
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=4 * torch.finfo(expected.dtype).eps * largest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @merges
 def test_any_strides_are_read_in_place_and_kept(dtype, merge):
@@ -240,11 +246,13 @@ def test_any_strides_are_read_in_place_and_kept(dtype, merge):
     for strided in permuted.values():
         other_value, other = value_and_grad(region_cross_entropy, strided, target, **merge)
         assert other.stride() == strided.stride()
-        assert torch.equal(other_value, value) and torch.equal(other, gradient)
+        assert_same_but_for_order(other_value, value)
+        assert_same_but_for_order(other, gradient)
     sliced = torch.zeros(2, 12, 10, 74, dtype=dtype)[:, ::2, :, ::2].copy_(input)
     labels = target.transpose(1, 2).contiguous().transpose(1, 2)
     other_value, other = value_and_grad(region_cross_entropy, sliced, labels, **merge)
-    assert torch.equal(other_value, value) and torch.equal(other, gradient)
+    assert_same_but_for_order(other_value, value)
+    assert_same_but_for_order(other, gradient)
     expanded = input[:1].expand(3, -1, -1, -1)
     assert region_cross_entropy(expanded, target[:1].expand(3, -1, -1)).isfinite()
 
