@@ -93,7 +93,9 @@ class Band {
     // An odd number of cache lines keeps classes out of each other's sets.
     constexpr int64_t kLine = 64 / sizeof(Number);
     const int64_t class_stride = (ceil_div(rows_ * width, kLine) | 1) * kLine;
-    return {memory.get(class_stride * classes + kLine, /*zeros=*/false), class_stride, width};
+    // Tiles of fewer rows than a strip read whole ones.
+    const int64_t beyond = kRegionStrip * width + kLine;
+    return {memory.get(class_stride * classes + beyond, /*zeros=*/false), class_stride, width};
   }
 
   void reset() {
