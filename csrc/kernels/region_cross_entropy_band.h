@@ -26,8 +26,6 @@ template <class T, class Stage>
 class Band {
  public:
   using S = Simd<T>;
-  using V = typename S::V;
-  using M = typename S::M;
   using Int = typename S::Int;
 
   // Bands whose anchors, and what is asked for ahead, fit in the second-level cache; with or without a

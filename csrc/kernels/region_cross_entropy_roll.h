@@ -21,7 +21,6 @@ class Roll {
   using Plan = ColumnPlan<T>;
   using S = typename Plan::S;
   using V = typename Plan::V;
-  using M = typename Plan::M;
   using Mask = typename Plan::Mask;
 
   // So many classes at once share what is read of a plan.
