@@ -48,9 +48,10 @@ struct ClassWeights {
 
   T at(int64_t c) const { return weight ? weight[c] : T(1); }
   // Of a vector of labels; 0 where they are ignored.
-  DYNPLAN_INLINE typename Simd<T>::V of(typename Simd<T>::M labels) const {
-    typename Simd<T>::V v{};
-    for (int lane = 0; lane < Simd<T>::lanes; ++lane)
+  template <class S>
+  DYNPLAN_INLINE typename S::V of(typename S::M labels) const {
+    typename S::V v{};
+    for (int lane = 0; lane < S::lanes; ++lane)
       if (labels[lane] >= 0) v[lane] = at(labels[lane]);
     return v;
   }

@@ -86,9 +86,6 @@ Box anchor_box(const RegionCrossEntropyParams& p, const Box& box) {
 template <class T>
 class BackwardAnchors {
  public:
-  using S = Simd<T>;
-  using V = typename S::V;
-
   BackwardAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
                   const RegionCrossEntropyGrad& grad)
       : p_(params), weights_(params), slopes_(params, state, grad) {}
@@ -99,24 +96,27 @@ class BackwardAnchors {
   void begin(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors) {
     slopes_.load(i, n, d, h, anchors, /*with_lse=*/true);
   }
-  void place(int64_t row, int64_t column, AnchorTile<T>& tile, int64_t i) {
+  template <class S>
+  void place(int64_t row, int64_t column, AnchorTile<S>& tile, int64_t i) {
     tile.losses[i] = slopes_.slopes(row) + column;
     tile.lse[i] = slopes_.lse(row) + column;
   }
   static constexpr bool counts() { return false; }
   T* agreement(int64_t) { return nullptr; }
 
-  DYNPLAN_INLINE void tile(const MergedTile<T>& merged, const AnchorTile<T>& at) {
-    const TileLabels<T> labels(at.own, at.count, p_.classes);
+  template <class S>
+  DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
+    using V = typename S::V;
+    const TileLabels<S> labels(at.own, at.count, p_.classes);
     V top[kRegionStrip];
     merged.tops(p_.classes, top);
     for (int64_t i = 0; i < at.count; ++i) {
       const V gap = S::load(at.lse[i]), share = S::load(at.losses[i]) * at.scale[i];
       V hard = share * weights_.hard;
-      if (weights_.weight) hard *= weights_.of(at.own[i]);
+      if (weights_.weight) hard *= weights_.template of<S>(at.own[i]);
       const V mass = hard + share * weights_.soft_sum;
       for (int64_t c = 0; c < p_.classes; ++c) {
-        at.ahead[i](c);
+        at.ask(i, c);
         V g = mass * S::exp((merged.at(c, i) - top[i]) * at.scale[i] - gap);
         if (weights_.soft > 0) g -= share * (weights_.soft * weights_.at(c));
         S::store(at.out[i] + c * at.class_stride, g);
@@ -200,7 +200,7 @@ class RegionGradient {
     for (int64_t x = 0; x < width; x += S::lanes) {
       const int64_t column = margin - before + x;
       merged_.pool(merge_, column);
-      AnchorTile<T> tile;
+      AnchorTile<S> tile;
       tile.count = count;
       tile.class_stride = anchors_.class_stride;
       for (int64_t i = 0; i < count; ++i) {
@@ -209,9 +209,9 @@ class RegionGradient {
         stage_.place(i, column, tile, i);
         tile.out[i] = out[i] + x;
         // By turns: a tile is half a cache line wide.
-        tile.ahead[i] = x / S::lanes % 2
-                            ? direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)
-                            : Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
+        tile.ahead[i][0] = x / S::lanes % 2
+                               ? direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)
+                               : Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
       }
       stage_.tile(merged_, tile);
     }
@@ -255,7 +255,7 @@ class RegionGradient {
   Ring<T> row_;      // a strip of gradient
   Scratch<T> anchor_memory_, row_memory_;
   Pool<T> merge_, gather_;
-  MergedTile<T> merged_;
+  MergedTile<S> merged_;
 };
 
 template <class T>

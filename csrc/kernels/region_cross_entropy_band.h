@@ -26,6 +26,7 @@ template <class T, class Stage>
 class Band {
  public:
   using S = Simd<T>;
+  using Wide = Simd<T, kWideBytes>;  // of tiles: one does not cost more where labels differ
   using Int = typename S::Int;
 
   // Bands whose anchors, and what is asked for ahead, fit in the second-level cache; with or without a
@@ -116,7 +117,7 @@ class Band {
   }
 
   void load_labels() {
-    labels_ = columns(label_memory_, 1, ceil_div(p_.size[2] + 2 * kLag + S::lanes, 16) * 16);
+    labels_ = columns(label_memory_, 1, ceil_div(p_.size[2] + 2 * kLag + Wide::lanes, 16) * 16);
     std::memset(labels_.data, 0xff, labels_.class_stride * sizeof(Int));  // -1 outside the image
     for (int64_t row = 0; row < rows_; ++row)
       if (const int64_t d = image_row(row); d >= 0 && d < p_.size[0])
@@ -125,7 +126,7 @@ class Band {
 
   // Anchors of columns [x, x + kBlock).
   void merge(int64_t x) {
-    const int64_t end = inside(x + kBlock);
+    const int64_t end = x + ceil_div(inside(x + kBlock) - x, Wide::lanes) * Wide::lanes;
     for (int64_t w = x; w < end; w += S::lanes) {
       plan(w).make(labels(0, w), labels_.row_stride, first_anchor_, last_anchor_);
       const Columns<T> to{normalizers_.data + (w - x), 0, normalizers_.row_stride};
@@ -146,7 +147,7 @@ class Band {
       else
         prefetch_rows(next_n_, next_, w, first_ - r_, first_ + r_);
     for (int64_t row = first_; row < last_; row += kRegionStrip)
-      for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x);
+      for (int64_t w = x; w < end; w += Wide::lanes) tile(row, w, x);
   }
 
   // Anchors of class c on, from column `w` of the block on.
@@ -169,20 +170,21 @@ class Band {
   DYNPLAN_INLINE void tile(int64_t row, int64_t w, int64_t x) {
     const int64_t count = smaller(kRegionStrip, last_ - row), column = w - x;
     const Columns<T> here = anchors(0, column);
-    MergedTile<T> merged(here.data + row * here.row_stride, here.class_stride, here.row_stride);
-    AnchorTile<T> tile;
+    MergedTile<Wide> merged(here.data + row * here.row_stride, here.class_stride, here.row_stride);
+    AnchorTile<Wide> tile;
     tile.count = count;
     tile.class_stride = here.class_stride;
     for (int64_t i = 0; i < count; ++i) {
-      merged.totals[i] = S::load(normalizers_.data + (row + i) * normalizers_.row_stride + column);
-      tile.own[i] = S::load(labels(row + i, w));
+      merged.totals[i] = Wide::load(normalizers_.data + (row + i) * normalizers_.row_stride + column);
+      tile.own[i] = Wide::load(labels(row + i, w));
       tile.scale[i] = merged.scale(i, tile.own[i]);
       tile.out[i] = merged.address(0, i);
-      tile.ahead[i] = ahead(row + i, column, x);
+      for (int k = 0; k < tile.kAhead; ++k)
+        tile.ahead[i][k] = ahead(row + i, column + k * Wide::lanes / tile.kAhead, x);
       stage_.place(row - first_ + i, w, tile, i);
       if (stage_.counts())
-        S::store(stage_.agreement(row - first_ + i) + w,
-                 S::load(agreement_.data + (row + i) * agreement_.row_stride + column));
+        Wide::store(stage_.agreement(row - first_ + i) + w,
+                    Wide::load(agreement_.data + (row + i) * agreement_.row_stride + column));
     }
     stage_.tile(merged, tile);
   }

@@ -9,11 +9,9 @@
 namespace dynplan::kernels::DYNPLAN_ISA {
 
 // Labels of a tile's anchors.
-template <class T>
+template <class S>
 class TileLabels {
  public:
-  using S = Simd<T>;
-
   TileLabels(const typename S::M* own, int64_t count, int64_t classes) : classes_(classes) {
     for (int64_t i = 0; i < count; ++i) {
       typename S::M rest = own[i];
@@ -45,9 +43,9 @@ class TileLabels {
 
 // The sums of every class of one tile, and their normalisers: of class c, row i at
 // sums + c * class_stride + i * row_stride.
-template <class T>
+template <class S>
 struct MergedTile {
-  using S = Simd<T>;
+  using T = typename S::T;
   int64_t class_stride = kRegionStrip * S::lanes, row_stride = S::lanes;
   Scratch<T> memory;
   T* sums;
@@ -82,22 +80,29 @@ struct MergedTile {
 };
 
 // A tile of anchors whose merged vectors are known, where their numbers are, and where their gradients go.
-template <class T>
+template <class S>
 struct AnchorTile {
+  using T = typename S::T;
+  static constexpr int kAhead = sizeof(typename S::V) > 32 ? 2 : 1;  // lines to ask for, a class and a row
+
   int64_t count;  // rows of the strip
-  typename Simd<T>::M own[kRegionStrip];
-  typename Simd<T>::V scale[kRegionStrip];  // 1 / Z
-  T* losses[kRegionStrip];                  // written; a backward of its own reads slopes there
+  typename S::M own[kRegionStrip];
+  typename S::V scale[kRegionStrip];  // 1 / Z
+  T* losses[kRegionStrip];            // written; a backward of its own reads slopes there
   T* lse[kRegionStrip];
   T* out[kRegionStrip];
   int64_t class_stride;
-  Prefetch ahead[kRegionStrip];
+  Prefetch ahead[kRegionStrip][kAhead];
+
+  DYNPLAN_INLINE void ask(int64_t i, int64_t c) const {
+    for (const Prefetch& line : ahead[i]) line(c);
+  }
 };
 
 // Cross-entropies of the merged vectors of a tile, row by row, before class weights.
-template <class T>
+template <class S>
 struct MergedLosses {
-  using S = Simd<T>;
+  using T = typename S::T;
   using V = typename S::V;
   using M = typename S::M;
   V loss[kRegionStrip];
@@ -109,8 +114,8 @@ struct MergedLosses {
   // Of the tile that `merged` holds, which loses the sums of labels. `each(i, c, term)` gets the terms of
   // `mass`, with 0 for the label's own.
   template <class Each>
-  DYNPLAN_INLINE MergedLosses(const MergedTile<T>& merged, const TileLabels<T>& labels, int64_t classes,
-                              const AnchorTile<T>& at, Each each) {
+  DYNPLAN_INLINE MergedLosses(const MergedTile<S>& merged, const TileLabels<S>& labels, int64_t classes,
+                              const AnchorTile<S>& at, Each each) {
     const int64_t count = at.count;
     const M* own = at.own;
     const V* scale = at.scale;
@@ -210,7 +215,8 @@ class LossAnchors {
   void reset(const Box& anchors, int64_t rows) { out_.reset(anchors, rows); }
   // Row (d, h) will be the i-th.
   void begin(int64_t, int64_t, int64_t, int64_t, const Box&) {}
-  void place(int64_t row, int64_t column, AnchorTile<T>& tile, int64_t i) {
+  template <class S>
+  void place(int64_t row, int64_t column, AnchorTile<S>& tile, int64_t i) {
     tile.losses[i] = out_.losses(row) + column;
     tile.lse[i] = out_.lse(row) + column;
   }
@@ -237,26 +243,24 @@ class ForwardAnchors : public LossAnchors<T> {
   using LossAnchors<T>::p_, LossAnchors<T>::out_;
 
  public:
-  using S = Simd<T>;
-  using V = typename S::V;
-  using M = typename S::M;
-  using Int = typename S::Int;
   static constexpr bool kGradient = false;
 
   ForwardAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad&)
       : LossAnchors<T>(params, state) {}
 
-  DYNPLAN_INLINE void tile(const MergedTile<T>& merged, const AnchorTile<T>& at) {
+  template <class S>
+  DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
+    using V = typename S::V;
     const ClassWeights<T>& weights = out_.weights();
-    const TileLabels<T> labels(at.own, at.count, p_.classes);
-    const MergedLosses<T> made(
+    const TileLabels<S> labels(at.own, at.count, p_.classes);
+    const MergedLosses<S> made(
         merged, labels, p_.classes,
-        at, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ahead[i](c); });
+        at, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ask(i, c); });
     for (int64_t i = 0; i < at.count; ++i) {
       V loss = made.loss[i];
-      if (weights.weight || weights.soft > 0) loss = weights.hard * weights.of(at.own[i]) * loss;
-      if (weights.soft > 0) loss += weights.soft * soft(i, at.own[i], at.scale[i], merged, made);
+      if (weights.weight || weights.soft > 0) loss = weights.hard * weights.template of<S>(at.own[i]) * loss;
+      if (weights.soft > 0) loss += weights.soft * soft(i, at, merged, made);
       S::store(at.losses[i], S::masked(at.own[i] >= 0, loss));
       S::store(at.lse[i], S::masked(at.own[i] >= 0, made.gap[i]));
     }
@@ -264,12 +268,15 @@ class ForwardAnchors : public LossAnchors<T> {
 
  private:
   // Sum over classes of weight (lse - z).
-  V soft(int64_t i, M own, V scale, const MergedTile<T>& merged, const MergedLosses<T>& made) const {
+  template <class S>
+  typename S::V soft(int64_t i, const AnchorTile<S>& at, const MergedTile<S>& merged,
+                     const MergedLosses<S>& made) const {
+    using V = typename S::V;
     V sum{};
     for (int64_t c = 0; c < p_.classes; ++c) {
-      const V z = own == static_cast<Int>(c) ? made.label_sum[i] : merged.at(c, i);
+      const V z = at.own[i] == static_cast<typename S::Int>(c) ? made.label_sum[i] : merged.at(c, i);
       // logsumexp - z, by way of the loss: exactly 0 where there is one class, and never below.
-      sum += out_.weights().at(c) * S::at_least(made.loss[i] + (made.label_sum[i] - z) * scale, 0);
+      sum += out_.weights().at(c) * S::at_least(made.loss[i] + (made.label_sum[i] - z) * at.scale[i], 0);
     }
     return sum;
   }
@@ -324,14 +331,14 @@ class RegionForward {
     for (int64_t i = 0; i < count; ++i) own[i] = planes_.labels.at(d + i, h, box.begin[2]);
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
       merged_.pool(pool_, margin + x);
-      AnchorTile<T> tile;
+      AnchorTile<S> tile;
       tile.count = count;
       for (int64_t i = 0; i < count; ++i) {
         if (stage_.counts()) S::store(stage_.agreement(i) + x, pool_.agreement(i, margin + x));
         tile.own[i] = S::load(own[i] + x);
         tile.scale[i] = merged_.scale(i, tile.own[i]);
         stage_.place(i, x, tile, i);
-        tile.ahead[i] = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x);
+        tile.ahead[i][0] = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x);
       }
       stage_.tile(merged_, tile);
     }
@@ -346,7 +353,7 @@ class RegionForward {
   ForwardAnchors<T> stage_;
   Planes<T> planes_;
   Pool<T> pool_;
-  MergedTile<T> merged_;
+  MergedTile<S> merged_;
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

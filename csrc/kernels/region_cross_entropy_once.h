@@ -13,20 +13,20 @@ class OnceAnchors : public LossAnchors<T> {
   using LossAnchors<T>::p_, LossAnchors<T>::out_;
 
  public:
-  using S = Simd<T>;
-  using V = typename S::V;
-  using M = typename S::M;
   static constexpr bool kGradient = true;
 
   OnceAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
               const RegionCrossEntropyGrad&)
       : LossAnchors<T>(params, state), exponent_(static_cast<T>(params.p - 1)) {}
 
-  DYNPLAN_INLINE void tile(const MergedTile<T>& merged, const AnchorTile<T>& at) {
-    const TileLabels<T> labels(at.own, at.count, p_.classes);
-    const MergedLosses<T> made(
+  template <class S>
+  DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
+    using V = typename S::V;
+    using M = typename S::M;
+    const TileLabels<S> labels(at.own, at.count, p_.classes);
+    const MergedLosses<S> made(
         merged, labels, p_.classes, at, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
-          at.ahead[i](c);
+          at.ask(i, c);
           merged.set(c, i, term);
         });
     V hard[kRegionStrip], mass[kRegionStrip];
@@ -34,7 +34,7 @@ class OnceAnchors : public LossAnchors<T> {
       const M valid = at.own[i] >= 0;
       V loss = made.loss[i], share = at.scale[i];
       if (out_.weights().weight) {
-        const V weight = out_.weights().of(at.own[i]);
+        const V weight = out_.weights().template of<S>(at.own[i]);
         loss *= weight;
         share *= weight;
       }

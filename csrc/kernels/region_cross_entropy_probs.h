@@ -95,7 +95,7 @@ template <class T>
 DYNPLAN_INLINE typename Simd<T>::V target_share(const ClassWeights<T>& weights, bool smoothed, int64_t c,
                                                 typename Simd<T>::M own) {
   using S = Simd<T>;
-  if (!smoothed) return weights.weight ? weights.of(own) : S::fill(1);
+  if (!smoothed) return weights.weight ? weights.template of<S>(own) : S::fill(1);
   const T weight = weights.at(c);
   return S::fill(weights.soft * weight) +
          S::masked(own == static_cast<typename S::Int>(c), S::fill(weights.hard * weight));
@@ -170,7 +170,7 @@ class RegionProbsForward {
   LossRows<T> out_;
   ProbabilityPlanes<T> planes_;
   Pool<T> pool_;
-  MergedTile<T> merged_;
+  MergedTile<S> merged_;
 };
 
 template <class T>
@@ -292,7 +292,7 @@ class RegionProbsBackward {
   Ring<T> row_;  // of gradient
   Scratch<T> anchor_memory_, gathered_memory_, row_memory_;
   Pool<T> merge_, gather_;
-  MergedTile<T> merged_;
+  MergedTile<S> merged_;
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

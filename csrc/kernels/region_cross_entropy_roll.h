@@ -23,8 +23,9 @@ class Roll {
   using V = typename Plan::V;
   using Mask = typename Plan::Mask;
 
-  // So many classes at once share what is read of a plan.
-  static constexpr int64_t kClasses = 9;
+  // Classes that are summed at once. Where three share what is read of a plan no more than that, for what is
+  // staged of them nearly fits the first-level cache.
+  static constexpr int64_t kClasses = kVectorMasks ? 3 : 9;
 
   explicit Roll(const RegionCrossEntropyParams& params)
       : radius_(params.radius[2]), by_count_(params.normalize == RegionNormalize::count) {
@@ -201,7 +202,8 @@ class Roll {
       const auto& row = plan.tap_row(i);
       if (row.row < begin || row.row >= end) continue;
       int64_t c = 0;
-      if (classes == kClasses) add_taps<kTake, kClasses>(plan, row, from, to, weight, c), c = kClasses;
+      for (; c + kClasses <= classes; c += kClasses)
+        add_taps<kTake, kClasses>(plan, row, from, to, weight, c);
       for (; c + 3 <= classes; c += 3) add_taps<kTake, 3>(plan, row, from, to, weight, c);
       for (; c < classes; ++c) add_taps<kTake, 1>(plan, row, from, to, weight, c);
     }

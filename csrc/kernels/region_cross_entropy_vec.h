@@ -16,27 +16,29 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 
 #if DYNPLAN_VECTOR_BYTES == 32
 typedef float Lanes256 __attribute__((vector_size(32)));
-typedef double Pairs256 __attribute__((vector_size(32)));
 #endif
 
 // Whether comparisons leave a bit per lane in a register of its own kind.
 #if DYNPLAN_VECTOR_MASKS
 inline constexpr bool kVectorMasks = true;
+inline constexpr int kWideBytes = 64;  // of the widest vectors
 #else
 inline constexpr bool kVectorMasks = false;
+inline constexpr int kWideBytes = DYNPLAN_VECTOR_BYTES;
 #endif
 
-template <class T>
+template <class Element, int kBytes = DYNPLAN_VECTOR_BYTES>
 struct Simd {
+  using T = Element;
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef T V __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
-  typedef Int M __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
-  typedef std::make_unsigned_t<Int> U __attribute__((vector_size(DYNPLAN_VECTOR_BYTES)));
-  static constexpr int lanes = DYNPLAN_VECTOR_BYTES / sizeof(T);
+  typedef T V __attribute__((vector_size(kBytes)));
+  typedef Int M __attribute__((vector_size(kBytes)));
+  typedef std::make_unsigned_t<Int> U __attribute__((vector_size(kBytes)));
+  static constexpr int lanes = kBytes / sizeof(T);
   // Vectors anywhere in memory. Unlike with memcpy, the compiler knows that storing one changes no pointer
   // and no count.
-  typedef T AnyV __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(sizeof(T))));
-  typedef Int AnyM __attribute__((vector_size(DYNPLAN_VECTOR_BYTES), aligned(sizeof(T))));
+  typedef T AnyV __attribute__((vector_size(kBytes), aligned(sizeof(T))));
+  typedef Int AnyM __attribute__((vector_size(kBytes), aligned(sizeof(T))));
 
   DYNPLAN_INLINE static V load(const T* p) { return *reinterpret_cast<const AnyV*>(p); }
   DYNPLAN_INLINE static M load(const Int* p) { return *reinterpret_cast<const AnyM*>(p); }
@@ -55,9 +57,11 @@ struct Simd {
   DYNPLAN_INLINE static V unmasked(M mask, V v) { return std::bit_cast<V>(~mask & std::bit_cast<M>(v)); }
   // One bit per lane of a comparison's result.
   DYNPLAN_INLINE static unsigned bits(M mask) {
+#if DYNPLAN_VECTOR_MASKS
+    if constexpr (kBytes == 64) return _mm512_movepi32_mask(std::bit_cast<__m512i>(mask));
+#endif
 #if DYNPLAN_VECTOR_BYTES == 32
-    if constexpr (sizeof(T) == 4) return __builtin_ia32_movmskps256(std::bit_cast<Lanes256>(mask));
-    if constexpr (sizeof(T) == 8) return __builtin_ia32_movmskpd256(std::bit_cast<Pairs256>(mask));
+    if constexpr (kBytes == 32) return __builtin_ia32_movmskps256(std::bit_cast<Lanes256>(mask));
 #endif
     unsigned result = 0;
     for (int lane = 0; lane < lanes; ++lane) result |= (mask[lane] != 0) << lane;

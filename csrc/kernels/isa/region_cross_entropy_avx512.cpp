@@ -21,8 +21,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #define DYNPLAN_ISA avx512
-// 32, not 64: vectors of 64 bytes at odd offsets always straddle two cache lines, and more of them hold
-// several labels; they took 5 to 10 % longer (Zen 4).
+// 32, not 64, but where vectors are aligned and may hold several labels: at odd offsets those of 64 bytes
+// always straddle two cache lines, and windows round more of them hold several labels.
 #define DYNPLAN_VECTOR_BYTES 32
 #define DYNPLAN_VECTOR_MASKS 1
 #include "kernels/region_cross_entropy_entry.h"
