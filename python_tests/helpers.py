@@ -27,6 +27,12 @@ def on_threads(counts: Sequence[int], call: Callable) -> list:
     return results
 
 
+def assert_same_but_for_order(ours: Tensor, expected: Tensor) -> None:
+    """Equal where sums of the same numbers may be taken in another order."""
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=4 * torch.finfo(expected.dtype).eps * largest)
+
+
 def assert_close_to_exact(ours: Tensor, theirs: Tensor, exact: Tensor, atol: float | None = None) -> None:
     """The tolerance rule: our error against ``exact`` (fp64) is at most twice PyTorch's in the same dtype.
 

@@ -26,7 +26,7 @@ template <class T, class Stage>
 class Band {
  public:
   using S = Simd<T>;
-  using Wide = Simd<T, kWideBytes>;  // of tiles: one does not cost more where labels differ
+  using Wide = Simd<T, kWideBytes>;  // of tiles, which cost no more where labels differ
   using Int = typename S::Int;
 
   // Bands whose anchors, and what is asked for ahead, fit in the second-level cache; with or without a
@@ -126,6 +126,7 @@ class Band {
 
   // Anchors of columns [x, x + kBlock).
   void merge(int64_t x) {
+    // Tiles are whole: their columns beyond the image are ignored pixels.
     const int64_t end = x + ceil_div(inside(x + kBlock) - x, Wide::lanes) * Wide::lanes;
     for (int64_t w = x; w < end; w += S::lanes) {
       plan(w).make(labels(0, w), labels_.row_stride, first_anchor_, last_anchor_);

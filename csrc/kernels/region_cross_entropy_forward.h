@@ -8,7 +8,7 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-// Labels of a tile's anchors.
+// Labels of a tile's anchors. S, here and below: Simd of the width of the tile.
 template <class S>
 class TileLabels {
  public:

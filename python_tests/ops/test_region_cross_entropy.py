@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import on_threads
+from helpers import assert_same_but_for_order, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -226,12 +226,6 @@ def test_label_dtypes(dtype):
     ours = value_and_grad(region_cross_entropy, input, target.to(dtype), ignore_index=100)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert torch.equal(region_cross_entropy(input, target[:, None].to(dtype), ignore_index=100), expected[0])
-
-
-def assert_same_but_for_order(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal where sums of the same numbers may be taken in another order."""
-    largest = expected.abs().max().item()
-    torch.testing.assert_close(ours, expected, rtol=0, atol=4 * torch.finfo(expected.dtype).eps * largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

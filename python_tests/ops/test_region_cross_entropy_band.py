@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_close_to_exact, on_threads
 from torch import Tensor
 
 from dynplan.ops import region_cross_entropy, region_cross_entropy_stats
 from dynplan.reference import region_cross_entropy as reference
-from python_tests.helpers import assert_close_to_exact, on_threads
 
 SHAPE = (2, 21, 121, 203)
 
