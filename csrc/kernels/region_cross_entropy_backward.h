@@ -111,6 +111,7 @@ class BackwardAnchors {
     V top[kRegionStrip];
     merged.tops(p_.classes, top);
     for (int64_t i = 0; i < at.count; ++i) {
+      if (at.share[i]) S::store(at.share[i], S::fill(1));
       const V gap = S::load(at.lse[i]), share = S::load(at.losses[i]) * at.scale[i];
       V hard = share * weights_.hard;
       if (weights_.weight) hard *= weights_.template of<S>(at.own[i]);
@@ -138,10 +139,11 @@ class BackwardAnchors {
   SlopeRows<T> slopes_;
 };
 
-template <class T, class Anchors>
+// Windows: Pool or Taps.
+template <class T, class Anchors, class Windows>
 class RegionGradient {
  public:
-  using S = Simd<T>;
+  using S = typename Windows::S;
   using V = typename S::V;
   using M = typename S::M;
   using Int = typename S::Int;
@@ -149,11 +151,11 @@ class RegionGradient {
   RegionGradient(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad)
       : p_(params),
-        strip_(Pool<T>::strip(params)),
+        strip_(Windows::strip(params)),
         stage_(params, state, grad),
-        planes_(params),
+        planes_(params, Windows::kShares),
         merge_(params, planes_.labels, planes_.logits, params.classes),
-        gather_(params, planes_.labels, anchors_, params.classes),
+        gather_(Windows::gathering(params, planes_.labels, anchors_, shares_, params.classes)),
         merged_(params.classes) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
@@ -166,7 +168,8 @@ class RegionGradient {
   void run(int64_t n, const Box& box, const DirectRows<T>& direct, Store store) {
     const int64_t between = planes_between(p_, strip_);
     planes_.reset(box, 2, between + p_.radius[0], 2 * p_.radius[0] + strip_);
-    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, between);
+    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, between, Windows::kShares);
+    if (Windows::kShares) shares_.reset(share_memory_, anchors_.box, 1, between);
     stage_.reset(anchors_.box, kRegionStrip);
     total_ = {};
     row_.reset(row_memory_, box.row(), p_.classes, kRegionStrip);
@@ -187,8 +190,10 @@ class RegionGradient {
   void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
                    const DirectRows<T>& direct) {
     // Tiles begin where the box's do.
-    const int64_t before = ceil_div(p_.radius[2], S::lanes) * S::lanes, begin = box.begin[2] - before;
-    const int64_t margin = ring_margin<T>(p_), width = before + box.extent(2) + p_.radius[2];
+    const int64_t before = smaller(box.begin[2], ceil_div(p_.radius[2], S::lanes) * S::lanes),
+                  begin = box.begin[2] - before;
+    const int64_t margin = ring_margin<T>(p_),
+                  width = before + smaller(box.end[2] + p_.radius[2], p_.size[2]) - box.begin[2];
     merge_.aim(d, h, count, /*anchors=*/false);
     const Int* own[kRegionStrip];
     T* out[kRegionStrip];
@@ -208,10 +213,12 @@ class RegionGradient {
         tile.scale[i] = merged_.scale(i, tile.own[i]);
         stage_.place(i, column, tile, i);
         tile.out[i] = out[i] + x;
-        // By turns: a tile is half a cache line wide.
-        tile.ahead[i][0] = x / S::lanes % 2
-                               ? direct.ahead(box, n, d + i - p_.radius[0], h, begin + x)
-                               : Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
+        if (Windows::kShares) tile.share[i] = shares_.at(d + i, h, begin) + x;
+        // By turns where a tile is half a cache line wide.
+        const Prefetch gradient = direct.ahead(box, n, d + i - p_.radius[0], h, begin + x);
+        const Prefetch logits = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
+        tile.ahead[i][0] = tile.kAhead == 2 || x / S::lanes % 2 ? gradient : logits;
+        tile.ahead[i][tile.kAhead - 1] = tile.kAhead == 2 ? logits : tile.ahead[i][0];
       }
       stage_.tile(merged_, tile);
     }
@@ -252,13 +259,14 @@ class RegionGradient {
   PowerSum total_;
   Planes<T> planes_;
   Ring<T> anchors_;  // g_q
+  Ring<T> shares_;   // what they are yet to be multiplied by
   Ring<T> row_;      // a strip of gradient
-  Scratch<T> anchor_memory_, row_memory_;
-  Pool<T> merge_, gather_;
+  Scratch<T> anchor_memory_, share_memory_, row_memory_;
+  Windows merge_, gather_;
   MergedTile<S> merged_;
 };
 
-template <class T>
-using RegionBackward = RegionGradient<T, BackwardAnchors<T>>;
+template <class T, class Windows>
+using RegionBackward = RegionGradient<T, BackwardAnchors<T>, Windows>;
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

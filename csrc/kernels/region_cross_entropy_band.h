@@ -12,14 +12,15 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-// Rows of logits have to be dense and in full precision: they are read in short pieces, class by class.
+// Rows of logits have to be dense and in full precision: they are read in short pieces, class by class. The
+// smallest windows go by taps.
 inline bool takes_bands(const RegionCrossEntropyParams& p) {
   const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
   bool square =
       dense && p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
   for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
-  return square && p.radius[0] == p.radius[2];
+  return square && p.radius[0] == p.radius[2] && !takes_taps(p);
 }
 
 template <class T, class Stage>

@@ -150,29 +150,41 @@ template <class T>
 RegionBadLabel forward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                           Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
-  if (!takes_bands(p)) return run_forward<T, RegionForward<T>>(p, state, parallel);
-  RegionBadLabel bad;
-  run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
-  return bad;
+  if (takes_bands(p)) {
+    RegionBadLabel bad;
+    run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
+    return bad;
+  }
+  if (takes_taps(p)) return run_forward<T, RegionForward<T, Taps<T>>>(p, state, parallel);
+  return run_forward<T, RegionForward<T, Pool<T>>>(p, state, parallel);
 }
 
 template <class T>
 void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad, Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
-  if (!takes_bands(p)) return run_backward<T, RegionBackward<T>>(p, state, grad, parallel);
-  run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
+  if (takes_bands(p)) {
+    run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
+    return;
+  }
+  if (takes_taps(p)) return run_backward<T, RegionBackward<T, Taps<T>>>(p, state, grad, parallel);
+  run_backward<T, RegionBackward<T, Pool<T>>>(p, state, grad, parallel);
 }
 
 template <class T>
 UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                               const RegionCrossEntropyGrad& grad, Parallel parallel) {
   if (takes_bands(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
-  UnitResults results(tiling_of<T, RegionOnce<T>>(p).units());
-  run_gradient<T, RegionOnce<T>>(p, state, grad, parallel, [&](RegionOnce<T>& kernel, int64_t unit) {
-    results.set(unit, kernel.total(), kernel.bad());
-  });
-  return results;
+  const auto march = [&](auto kernel_type) {
+    using Kernel = typename decltype(kernel_type)::type;
+    UnitResults results(tiling_of<T, Kernel>(p).units());
+    run_gradient<T, Kernel>(p, state, grad, parallel, [&](Kernel& kernel, int64_t unit) {
+      results.set(unit, kernel.total(), kernel.bad());
+    });
+    return results;
+  };
+  if (takes_taps(p)) return march(std::type_identity<RegionOnce<T, Taps<T>>>());
+  return march(std::type_identity<RegionOnce<T, Pool<T>>>());
 }
 
 // region_cross_entropy_once.h where it applies, else forward and backward one after the other.

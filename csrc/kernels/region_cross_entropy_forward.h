@@ -4,7 +4,7 @@
 
 #include "kernels/region_cross_entropy_anchors.h"
 #include "kernels/region_cross_entropy_march.h"
-#include "kernels/region_cross_entropy_pool.h"
+#include "kernels/region_cross_entropy_taps.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
@@ -55,7 +55,8 @@ struct MergedTile {
   MergedTile(T* there, int64_t classes_apart, int64_t rows_apart)
       : class_stride(classes_apart), row_stride(rows_apart), sums(there) {}
 
-  void pool(Pool<T>& pool, int64_t column) {
+  template <class Windows>
+  void pool(Windows& pool, int64_t column) {
     TileOutput<T> out{{}, class_stride};
     for (int64_t i = 0; i < kRegionStrip; ++i) out.row[i] = sums + i * row_stride;
     pool.run(column, out, totals);
@@ -92,6 +93,7 @@ struct AnchorTile {
   T* lse[kRegionStrip];
   T* out[kRegionStrip];
   int64_t class_stride;
+  T* share[kRegionStrip] = {};  // what gradients have yet to be multiplied by, unless null
   Prefetch ahead[kRegionStrip][kAhead];
 
   DYNPLAN_INLINE void ask(int64_t i, int64_t c) const {
@@ -107,6 +109,7 @@ struct MergedLosses {
   using M = typename S::M;
   V loss[kRegionStrip];
   V gap[kRegionStrip];         // logsumexp less the largest
+  V others[kRegionStrip];      // mass less label_term, exactly
   V mass[kRegionStrip];        // sum over classes of exp((z - top) scale)
   V label_term[kRegionStrip];  // the label's own term of it
   V label_sum[kRegionStrip];
@@ -141,12 +144,12 @@ struct MergedLosses {
         each(i, c, term);
         others += term;
       }
-      mass[i] = others;
+      this->others[i] = others;
     }
     for (int64_t i = 0; i < count; ++i) {
       label_term[i] = S::exp((label_sum[i] - top[i]) * scale[i]);
-      gap[i] = S::log1p(mass[i] + (label_term[i] - T(1)));
-      mass[i] += label_term[i];
+      gap[i] = S::log1p(others[i] + (label_term[i] - T(1)));
+      mass[i] = others[i] + label_term[i];
       loss[i] = (top[i] - label_sum[i]) * scale[i] + gap[i];
     }
   }
@@ -289,19 +292,20 @@ int64_t gradient_bytes_per_column(const RegionCrossEntropyParams& p) {
   return (2 * p.radius[0] + strip + planes_between(p, strip)) * p.classes * static_cast<int64_t>(sizeof(T));
 }
 
-template <class T>
+// Windows: Pool or Taps.
+template <class T, class Windows>
 class RegionForward {
  public:
-  using S = Simd<T>;
+  using S = typename Windows::S;
   using V = typename S::V;
   using M = typename S::M;
   using Int = typename S::Int;
 
   RegionForward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state)
       : p_(params),
-        strip_(Pool<T>::strip(params)),
+        strip_(Windows::strip(params)),
         stage_(params, state, {}),
-        planes_(params),
+        planes_(params, Windows::kShares),
         pool_(params, planes_.labels, planes_.logits, params.classes),
         merged_(params.classes) {}
 
@@ -352,7 +356,7 @@ class RegionForward {
   int64_t strip_;
   ForwardAnchors<T> stage_;
   Planes<T> planes_;
-  Pool<T> pool_;
+  Windows pool_;
   MergedTile<S> merged_;
 };
 

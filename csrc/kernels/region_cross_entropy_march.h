@@ -63,8 +63,10 @@ struct Planes {
   Ring<Int> labels;
   Ring<T> logits;
 
-  explicit Planes(const RegionCrossEntropyParams& params)
-      : p(params), label_rows(params), interpolation(params) {}
+  const bool finite;  // whether logits are, where pixels do not count
+
+  explicit Planes(const RegionCrossEntropyParams& params, bool all_finite = false)
+      : p(params), label_rows(params), interpolation(params), finite(all_finite) {}
 
   // `halo`: radii that the values of a tile reach beyond it. `label_planes`, `logit_planes`: how many are
   // kept.
@@ -72,7 +74,7 @@ struct Planes {
     Box region = box.grown(p.radius, halo);
     region.begin[2] = box.begin[2] - ring_margin<T>(p);
     labels.reset(label_memory, region, 1, label_planes);
-    logits.reset(logit_memory, region, p.classes, logit_planes);
+    logits.reset(logit_memory, region, p.classes, logit_planes, finite);
     std::memset(labels.data, 0xff, labels.plane_stride * label_planes * sizeof(Int));  // -1 outside the image
   }
 
@@ -89,6 +91,19 @@ struct Planes {
         interpolation.load(n, d, begin, end, logits.at(d, h, begin), logits.class_stride);
       else
         load_logits(p, n, d, h, begin, end, logits.at(d, h, begin), logits.class_stride);
+      if (finite) clear_ignored(labels.at(d, h, begin), end - begin, logits.at(d, h, begin));
+    }
+  }
+
+ private:
+  void clear_ignored(const Int* row_labels, int64_t count, T* row) const {
+    using Wide = Simd<T, kWideBytes>;
+    for (int64_t x = 0; x < count; x += Wide::lanes) {
+      const typename Wide::M ignored = Wide::load(row_labels + x) < 0;
+      for (int64_t c = 0; Wide::bits(ignored) && c < p.classes; ++c) {
+        T* at = row + c * logits.class_stride + x;
+        Wide::store(at, Wide::unmasked(ignored, Wide::load(at)));
+      }
     }
   }
 };

@@ -27,9 +27,9 @@ class OnceAnchors : public LossAnchors<T> {
     const MergedLosses<S> made(
         merged, labels, p_.classes, at, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
           at.ask(i, c);
-          merged.set(c, i, term);
+          S::store(at.out[i] + c * at.class_stride, term);
         });
-    V hard[kRegionStrip], mass[kRegionStrip];
+    V mass[kRegionStrip];
     for (int64_t i = 0; i < at.count; ++i) {
       const M valid = at.own[i] >= 0;
       V loss = made.loss[i], share = at.scale[i];
@@ -41,13 +41,19 @@ class OnceAnchors : public LossAnchors<T> {
       loss = S::masked(valid, loss);
       S::store(at.losses[i], loss);
       S::store(at.lse[i], S::masked(valid, made.gap[i]));
-      hard[i] = S::masked(valid, share * S::pow(loss, exponent_));
-      mass[i] = S::masked(valid, hard[i] / made.mass[i]);
+      mass[i] = S::masked(valid, share * S::pow(loss, exponent_) / made.mass[i]);
     }
     for (int64_t i = 0; i < at.count; ++i) {
-      for (int64_t c = 0; c < p_.classes; ++c)
-        S::store(at.out[i] + c * at.class_stride, mass[i] * merged.at(c, i));
-      const V own = mass[i] * made.label_term[i] - hard[i];
+      V own = -made.others[i];
+      if (at.share[i]) {
+        S::store(at.share[i], mass[i]);
+      } else {
+        own *= mass[i];
+        for (int64_t c = 0; c < p_.classes; ++c) {
+          T* out = at.out[i] + c * at.class_stride;
+          S::store(out, mass[i] * S::load(out));
+        }
+      }
       labels.for_each([&](int64_t c) __attribute__((always_inline)) {
         T* out = at.out[i] + c * at.class_stride;
         S::store(out, at.own[i] == static_cast<typename S::Int>(c) ? own : S::load(out));
@@ -59,8 +65,8 @@ class OnceAnchors : public LossAnchors<T> {
   const T exponent_;
 };
 
-template <class T>
-using RegionOnce = RegionGradient<T, OnceAnchors<T>>;
+template <class T, class Windows>
+using RegionOnce = RegionGradient<T, OnceAnchors<T>, Windows>;
 
 // What the gradient has yet to be multiplied by; 0 where powers of the losses left what T can hold.
 inline double once_factor(const RegionCrossEntropyParams& p, const PowerSum& total) {

@@ -37,6 +37,12 @@ class Pool : public TileWindows<T> {
   using typename Base::Mask;
   using typename Base::S;
   using typename Base::V;
+  static constexpr bool kShares = false;
+
+  static Pool gathering(const RegionCrossEntropyParams& params, const Ring<Int>& labels,
+                        const Ring<T>& values, const Ring<T>&, int64_t classes) {
+    return Pool(params, labels, values, classes);
+  }
 
   Pool(const RegionCrossEntropyParams& params, const Ring<Int>& labels, const Ring<T>& values,
        int64_t classes)

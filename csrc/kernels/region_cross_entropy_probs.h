@@ -119,7 +119,7 @@ class RegionProbsForward {
         merged_(planes_.channels()) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return RegionForward<T>::bytes_per_column(p);
+    return gradient_bytes_per_column<T>(p);
   }
 
   PowerSum run(int64_t n, const Box& box) {
@@ -193,7 +193,7 @@ class RegionProbsBackward {
         merged_(planes_.channels()) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return RegionBackward<T>::bytes_per_column(p);
+    return gradient_bytes_per_column<T>(p);
   }
 
   template <class Store>

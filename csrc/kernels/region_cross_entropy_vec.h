@@ -51,10 +51,37 @@ struct Simd {
     std::memcpy(&v, p, count * sizeof(T));
     return v;
   }
-  DYNPLAN_INLINE static V fill(T value) { return V{} + value; }
-  DYNPLAN_INLINE static M fill_int(Int value) { return M{} + value; }
-  DYNPLAN_INLINE static V masked(M mask, V v) { return std::bit_cast<V>(mask & std::bit_cast<M>(v)); }
-  DYNPLAN_INLINE static V unmasked(M mask, V v) { return std::bit_cast<V>(~mask & std::bit_cast<M>(v)); }
+  // Vectors that begin an element before `p`, at it and an element after it.
+  DYNPLAN_INLINE static void load_around(const T* p, V (&values)[3]) {
+    values[1] = load(p);
+#if DYNPLAN_VECTOR_MASKS
+    // Vectors of 64 bytes straddle two cache lines anywhere but at their beginning: it is cheaper to shift
+    // what three of them hold.
+    if constexpr (kBytes == 64 && lanes == 16) {
+      const auto joined = [](V a, V b, auto first) __attribute__((always_inline)) {
+        return std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, std::bit_cast<__m512i>(b),
+                                                          std::bit_cast<__m512i>(a), first.value));
+      };
+      values[0] = joined(load(p - lanes), values[1], std::integral_constant<int, lanes - 1>());
+      values[2] = joined(values[1], load(p + lanes), std::integral_constant<int, 1>());
+      return;
+    }
+#endif
+    values[0] = load(p - 1);
+    values[2] = load(p + 1);
+  }
+  DYNPLAN_INLINE static V fill(T value) {
+    return V{} + value;
+  }
+  DYNPLAN_INLINE static M fill_int(Int value) {
+    return M{} + value;
+  }
+  DYNPLAN_INLINE static V masked(M mask, V v) {
+    return std::bit_cast<V>(mask & std::bit_cast<M>(v));
+  }
+  DYNPLAN_INLINE static V unmasked(M mask, V v) {
+    return std::bit_cast<V>(~mask & std::bit_cast<M>(v));
+  }
   // One bit per lane of a comparison's result.
   DYNPLAN_INLINE static unsigned bits(M mask) {
 #if DYNPLAN_VECTOR_MASKS

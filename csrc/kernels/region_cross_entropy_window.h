@@ -18,7 +18,7 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 inline int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-inline int64_t larger(int64_t a, int64_t b) {
+constexpr int64_t larger(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 inline int64_t ceil_div(int64_t a, int64_t b) {
@@ -126,17 +126,20 @@ struct Ring {
   int64_t class_stride = 0, row_stride = 0, plane_stride = 0;
 
   // Room for `planes` planes of the cross-section of `region`.
-  void reset(Scratch<T>& scratch, const Box& region, int64_t classes, int64_t keep) {
+  // Other columns than before hold zeros at first, if those outside the image have to be `finite`.
+  void reset(Scratch<T>& scratch, const Box& region, int64_t classes, int64_t keep, bool finite = false) {
     constexpr int64_t kLine = 64 / sizeof(T);
+    const bool same_columns = box.begin[2] == region.begin[2] && box.end[2] == region.end[2];
     box = region;
     planes = keep;
     // Vectors run up to one over the end. An odd number of cache lines keeps classes out of each other's
     // sets.
     class_stride =
-        (ceil_div(box.extent(2) + DYNPLAN_VECTOR_BYTES / static_cast<int64_t>(sizeof(T)), kLine) | 1) * kLine;
+        (ceil_div(box.extent(2) + kWideBytes / static_cast<int64_t>(sizeof(T)), kLine) | 1) * kLine;
     row_stride = class_stride * classes;
     plane_stride = row_stride * box.extent(1);
     data = scratch.get(plane_stride * planes + kLine);
+    if (finite && !same_columns) std::memset(data, 0, plane_stride * planes * sizeof(T));
   }
 
   // d may lie before the image.
@@ -162,7 +165,8 @@ void exchange(A& a, A& b) {
 template <class T>
 int64_t ring_margin(const RegionCrossEntropyParams& p) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  return p.radius[2] == 0 ? 0 : ceil_div(2 * kRegionMaxRadius, kLine) * kLine;
+  constexpr int64_t kBeside = larger(2 * kRegionMaxRadius, kWideBytes / sizeof(T) + 1);
+  return p.radius[2] == 0 ? 0 : ceil_div(kBeside, kLine) * kLine;
 }
 
 inline bool is_image(const RegionCrossEntropyParams& p) {
