@@ -173,7 +173,7 @@ struct RegionAnchorScale {
         value(*static_cast<const Acc*>(state.value)),
         exponent(static_cast<Acc>(p.p - 1)),
         inverse_normalizer(static_cast<Acc>(1 / *state.normalizer)),
-        mean(p.reduction == RegionReduction::mean) {}
+        mean(grad.grad_value && p.reduction == RegionReduction::mean) {}  // else it does not matter
 
   __device__ Acc operator()(Acc loss) const {
     if (!mean) return grad_value;

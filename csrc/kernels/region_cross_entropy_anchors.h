@@ -117,8 +117,8 @@ class AnchorSlopes {
   AnchorSlopes(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                const RegionCrossEntropyGrad& grad)
       : grad_(grad), losses_(static_cast<const T*>(state.losses)), exponent_(static_cast<T>(p.p - 1)) {
-    const double upstream =
-        grad.grad_value ? static_cast<double>(*static_cast<const T*>(grad.grad_value)) : 0;
+    if (!grad.grad_value) return;  // slopes are grad_losses, whatever the mean
+    const double upstream = static_cast<double>(*static_cast<const T*>(grad.grad_value));
     const double value = static_cast<double>(*static_cast<const T*>(state.value));
     if (p.reduction == RegionReduction::sum) {
       common_ = static_cast<T>(upstream);

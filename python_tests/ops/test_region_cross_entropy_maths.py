@@ -138,6 +138,25 @@ def test_nan_is_not_hidden():
 
 
 @merges
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_nan_reaches_no_further_than_its_windows(kernel_size, merge):
+    # Wide enough for several tiles of columns; a tile's memory is used again, by the next image too.
+    input, target = case(20, 200, classes=150, dtype=torch.float32, void=0)
+    input, target = input[:1].repeat(3, 1, 1, 1), target[:1].repeat(3, 1, 1)
+    clean = input.clone()
+    for row, column in ((0, 0), (0, 199), (19, 0), (19, 199), (10, 100)):
+        input[0, 1, row, column] = math.nan
+    options = {"kernel_size": kernel_size, "reduction": "none", **merge}
+    losses, gradient = value_and_grad(region_cross_entropy, input, target, **options)
+    expected, expected_gradient = value_and_grad(region_cross_entropy, clean, target, **options)
+    near = F.max_pool2d(input[:, 1:2].isnan().float(), kernel_size, 1, kernel_size // 2)
+    far = F.max_pool2d(near, kernel_size, 1, kernel_size // 2).expand_as(gradient) == 0
+    near = near[:, 0] > 0
+    assert losses.isnan().any() and torch.equal(losses[~near], expected[~near])
+    assert torch.equal(gradient[far], expected_gradient[far])
+
+
+@merges
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 @pytest.mark.parametrize("kernel_size", [3, 5, (3, 7), 9])
 def test_logits_of_ignored_pixels_reach_nothing(garbage, kernel_size, merge):
