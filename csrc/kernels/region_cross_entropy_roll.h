@@ -62,11 +62,9 @@ class Roll {
   template <Take kTake>
   void add_rows(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
                 const T* step, int64_t begin, int64_t end) const {
-    switch (radius_) {
+    switch (radius_) {  // 1 goes by taps
       case 0:
         return add_rows<kTake, 0>(plan, from, to, classes, step, begin, end);
-      case 1:
-        return add_rows<kTake, 1>(plan, from, to, classes, step, begin, end);
       case 2:
         return add_rows<kTake, 2>(plan, from, to, classes, step, begin, end);
       case 3:
