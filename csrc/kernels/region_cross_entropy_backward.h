@@ -1,8 +1,8 @@
 // Gradient of merge = logits. A march of three stages, r planes apart: load logits; merge them and turn each
 // anchor's merged vector into its gradient g_q = s_q / Z_q * d l_q / d z_q; gather g over the windows that
 // hold a pixel. Windows and agreement are symmetric, so every output is written once, in a fixed order.
-// The second stage is that of the backward here, or that of region_cross_entropy_once.h. (Images with windows
-// of 5 x 5 and more go by region_cross_entropy_band.h instead, with the same second stages.)
+// The second stage is that of the backward here, or that of region_cross_entropy_once.h. (Larger windows
+// on images go by region_cross_entropy_band.h instead, with the same second stages.)
 #pragma once
 
 #include "kernels/region_cross_entropy_forward.h"

@@ -77,7 +77,7 @@ class Band {
 
  private:
   static constexpr bool kGradient = Stage::kGradient;
-  static constexpr int64_t kBlock = 64, kLag = 8, kWidth = kBlock + 2 * kLag;
+  static constexpr int64_t kBlock = 32, kLag = 8, kWidth = kBlock + 2 * kLag;
   static constexpr int64_t kPlans = (kBlock + kLag) / S::lanes;
   static_assert(kLag >= kRegionMaxRadius && kLag % S::lanes == 0);
 

@@ -1,7 +1,9 @@
-// The inner loop for windows of 3 x 3 on images: sums as those of region_cross_entropy_pool.h, of one vector
-// of the widest kind in each row of a strip. Every pixel of a window, a tap, gets a vector of weights, 0 in
-// the lanes of which it does not agree. Weights are made from the labels once for all classes and stay in
-// registers, so that sums cost the same wherever labels end. Larger windows have too many taps for that.
+// The inner loop for small windows on images: sums as those of region_cross_entropy_pool.h, of one vector of
+// the widest kind in each row of a strip. Every pixel of a window, a tap, gets a vector of weights, 0 in the
+// lanes of which it does not agree. Weights are made from the labels once for all classes, so that sums cost
+// the same wherever labels end. Windows of 3 x 3 keep them in registers. With larger ones classes share what
+// is loaded of them, and windows of one label are summed as nested boxes; that pays up to a radius of
+// kMostTapped.
 //
 // Every lane of every tap is multiplied: values have to be finite where pixels do not count.
 #pragma once
@@ -10,9 +12,13 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
+inline constexpr int kMostTapped = kVectorMasks ? 2 : 1;
+
 inline bool takes_taps(const RegionCrossEntropyParams& p) {
+  const bool flat = p.size[1] == 1 && p.radius[1] == 0;
   const bool stepless = p.stride[0] == 1 && p.stride[1] == 1 && p.stride[2] == 1;
-  return stepless && p.size[1] == 1 && p.radius[0] == 1 && p.radius[1] == 0 && p.radius[2] == 1;
+  const int r = p.radius[2];
+  return flat && stepless && p.radius[0] == r && r >= 1 && r <= kMostTapped;
 }
 
 template <class T>
@@ -29,13 +35,25 @@ class Taps {
   // `shares`, if not null, are factors of the values of all classes, in a ring of the values' columns.
   Taps(const RegionCrossEntropyParams& p, const Ring<Int>& labels, const Ring<T>& values, int64_t classes,
        const Ring<T>* shares = nullptr)
-      : last_row_(p.size[0] - 1), labels_(labels), values_(values), shares_(shares), classes_(classes) {
-    for (int y = 0; y < kAcross; ++y)
-      for (int x = 0; x < kAcross; ++x) {
-        const double down = p.axis_weight[0][std::abs(y - 1)], across = p.axis_weight[2][std::abs(x - 1)];
-        weight_[y][x] = static_cast<T>(down < across ? down : across);
-        part_[y][x] = p.normalize == RegionNormalize::count ? T(1) : weight_[y][x];
+      : radius_(p.radius[2]),
+        last_row_(p.size[0] - 1),
+        labels_(labels),
+        values_(values),
+        shares_(shares),
+        classes_(classes) {
+    int tap = 0;
+    for (int y = -radius_; y <= radius_; ++y)
+      for (int x = -radius_; x <= radius_; ++x, ++tap) {
+        const double down = p.axis_weight[0][std::abs(y)], across = p.axis_weight[2][std::abs(x)];
+        weight_[tap] = static_cast<T>(down < across ? down : across);
+        part_[tap] = p.normalize == RegionNormalize::count ? T(1) : weight_[tap];
+        whole_ += part_[tap];
       }
+    for (int e = 0; e <= radius_; ++e) {
+      const double* weight = p.axis_weight[2];
+      nested_ = nested_ && weight[e] == p.axis_weight[0][e];
+      step_[e] = static_cast<T>(weight[e] - (e < radius_ ? weight[e + 1] : 0));
+    }
   }
 
   static Taps gathering(const RegionCrossEntropyParams& p, const Ring<Int>& labels, const Ring<T>& values,
@@ -46,99 +64,189 @@ class Taps {
   // Centres are in the `count` rows (d + i, h).
   void aim(int64_t d, int64_t h, int64_t count, bool /*anchors*/) {
     count_ = count;
-    for (int64_t j = 0; j < count + kAcross - 1; ++j) {
+    for (int64_t j = 0; j < count + 2 * radius_; ++j) {
       // Rows outside the image agree with none, but are multiplied too: the nearest stands for them.
-      const int64_t row = d + j - 1, inside = larger(0, smaller(last_row_, row));
+      const int64_t row = d + j - radius_, inside = larger(0, smaller(last_row_, row));
       label_row_[j] = labels_.at(row, h, labels_.box.begin[2]);
       value_row_[j] = values_.at(inside, h, values_.box.begin[2]);
-      if (shares_) share_row_[j] = shares_->at(row, h, shares_->box.begin[2]);
+      if (shares_) share_row_[j] = shares_->at(inside, h, shares_->box.begin[2]);
     }
   }
 
   // As Pool's.
-  void run(int64_t column, const TileOutput<T>& out, V* totals) const {
-    if (shares_)
-      all_rows<true>(column, out, totals);
-    else
-      all_rows<false>(column, out, totals);
+  void run(int64_t column, const TileOutput<T>& out, V* totals) {
+    if constexpr (kMostTapped > 1)
+      if (radius_ == 2) return tile<2>(column, out, totals);
+    tile<1>(column, out, totals);
   }
 
   // Number of agreeing pixels of a vector of centres in row i.
   V agreement(int64_t i, int64_t column) const {
+    const M own = S::load(label_row_[i + radius_] + column);
     V sum{};
-    for (int y = 0; y < kAcross; ++y)
-      for (int x = 0; x < kAcross; ++x) sum += agree(i, column, y, x) ? S::fill(1) : V{};
+    for (int y = 0; y <= 2 * radius_; ++y)
+      for (int x = -radius_; x <= radius_; ++x)
+        sum += (S::load(label_row_[i + y] + column + x) == own) & (own >= 0) ? S::fill(1) : V{};
     return sum;
   }
 
  private:
-  static constexpr int kAcross = 3;
-  // Rows of centres that share what is loaded: as many as there are registers for.
-  static constexpr int kRows = kVectorMasks ? 2 : 1;
+  // Rows of centres, and classes, that share what is loaded: as many as there are registers for.
+  template <int kRadius>
+  static constexpr int kRows = kRadius > 1    ? kRegionStrip
+                               : kVectorMasks ? 2
+                                              : 1;
+  template <int kRadius>
+  static constexpr int kClasses = kRadius > 1 ? 3 : 1;
 
-  DYNPLAN_INLINE M agree(int64_t i, int64_t column, int y, int x) const {
-    const M own = S::load(label_row_[i + 1] + column);
-    return (S::load(label_row_[i + y] + column + x - 1) == own) & (own >= 0);
+  template <int kRadius>
+  void tile(int64_t column, const TileOutput<T>& out, V* totals) {
+    if (shares_)
+      tile<kRadius, true>(column, out, totals);
+    else
+      tile<kRadius, false>(column, out, totals);
   }
 
-  template <bool kGather>
-  void all_rows(int64_t column, const TileOutput<T>& out, V* totals) const {
+  template <int kRadius, bool kGather>
+  void tile(int64_t column, const TileOutput<T>& out, V* totals) {
+    if (kRadius > 1 && plain<kRadius>(column)) {
+      for (int64_t c = 0; c < classes_; ++c) boxes<kRadius, kGather>(column, c, out);
+      for (int64_t i = 0; !kGather && i < kRegionStrip; ++i) totals[i] = S::fill(whole_);
+      return;
+    }
     int64_t i = 0;
-    for (; i + kRows <= count_; i += kRows) rows<kGather, kRows>(i, column, out, totals);
-    for (; i < count_; ++i) rows<kGather, 1>(i, column, out, totals);
+    for (; i + kRows<kRadius> <= count_; i += kRows<kRadius>)
+      rows<kRadius, kGather, kRows<kRadius>>(i, column, out, totals);
+    for (; i < count_; ++i) rows<kRadius, kGather, 1>(i, column, out, totals);
   }
 
-  template <bool kGather, int kHeight>
-  DYNPLAN_INLINE void rows(int64_t first, int64_t column, const TileOutput<T>& out, V* totals) const {
-    V weight[kHeight][kAcross][kAcross];
+  // Whether all windows hold one label, and are sums of nested boxes.
+  template <int kRadius>
+  DYNPLAN_INLINE bool plain(int64_t column) const {
+    const Int label = label_row_[kRadius][column];
+    if (!nested_ || count_ < kRegionStrip || label < 0) return false;
+    M same = S::fill_int(-1);
+    for (int j = 0; j < kRegionStrip + 2 * kRadius; ++j)
+      same &= (S::load(label_row_[j] + column - kRadius) == label) &
+              (S::load(label_row_[j] + column + kRadius) == label);
+    return S::all(same);
+  }
+
+  template <int kRadius, bool kGather>
+  DYNPLAN_INLINE void boxes(int64_t column, int64_t c, const TileOutput<T>& out) const {
+    V steps[kRadius + 1], sums[kRegionStrip]{};
+    for (int e = 0; e <= kRadius; ++e) steps[e] = S::fill(step_[e]);
+#pragma GCC unroll 8
+    for (int j = 0; j < kRegionStrip + 2 * kRadius; ++j) {
+      V value[2 * kRadius + 1];
+      const T* shares = kGather ? share_row_[j] + column : nullptr;
+      S::template load_around<kRadius>(value_row_[j] + c * values_.class_stride + column, shares, value);
+      V level[kRadius + 1], share[kRadius + 1];  // share[e]: what the row adds to centres e rows away
+      level[0] = value[kRadius];
 #pragma GCC unroll 2
-    for (int i = 0; i < kHeight; ++i) {
-      V total{};
-#pragma GCC unroll 3
-      for (int y = 0; y < kAcross; ++y)
-#pragma GCC unroll 3
-        for (int x = 0; x < kAcross; ++x) {
-          const M wanted = agree(first + i, column, y, x);
-          V w = S::fill(weight_[y][x]);
-          if constexpr (kGather)
-            w *= S::load(share_row_[first + i + y] + column + x - 1);
-          else
-            total += wanted ? S::fill(part_[y][x]) : V{};
-          weight[i][y][x] = wanted ? w : V{};
-        }
-      if constexpr (!kGather) totals[first + i] = total;
-    }
-    const T* row[kHeight + kAcross - 1];
-    for (int j = 0; j < kHeight + kAcross - 1; ++j) row[j] = value_row_[first + j] + column;
-    const int64_t class_stride = values_.class_stride;
-    for (int64_t c = 0; c < classes_; ++c) {
-      V sums[kHeight]{};
+      for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + (value[kRadius - e] + value[kRadius + e]);
+      share[kRadius] = steps[kRadius] * level[kRadius];
+#pragma GCC unroll 2
+      for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
 #pragma GCC unroll 4
-      for (int j = 0; j < kHeight + kAcross - 1; ++j) {
-        V value[kAcross];
-        S::load_around(row[j] + c * class_stride, value);
-#pragma GCC unroll 3
-        for (int x = 0; x < kAcross; ++x)
-#pragma GCC unroll 2
-          for (int i = 0; i < kHeight; ++i)
-            if (j >= i && j < i + kAcross) sums[i] += weight[i][j - i][x] * value[x];
+      for (int i = 0; i < kRegionStrip; ++i) {
+        const int away = i + kRadius < j ? j - i - kRadius : i + kRadius - j;
+        if (away <= kRadius) sums[i] += share[away];
       }
-#pragma GCC unroll 2
-      for (int i = 0; i < kHeight; ++i) S::store(out.row[first + i] + c * out.class_stride, sums[i]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRegionStrip; ++i) S::store(out.row[i] + c * out.class_stride, sums[i]);
+  }
+
+  template <int kRadius, bool kGather, int kHeight>
+  void rows(int64_t first, int64_t column, const TileOutput<T>& out, V* totals) {
+    make_weights<kRadius, kGather, kHeight>(first, column, totals);
+    if constexpr (kRadius == 1) {
+      V kept[9 * kHeight];
+#pragma GCC unroll 18
+      for (int tap = 0; tap < 9 * kHeight; ++tap) kept[tap] = weights_[tap];
+      for (int64_t c = 0; c < classes_; ++c) sums<kRadius, kHeight, 1>(kept, first, column, c, out);
+    } else {
+      constexpr int kMany = kClasses<kRadius>;
+      int64_t c = 0;
+      for (; c + kMany <= classes_; c += kMany)
+        sums<kRadius, kHeight, kMany>(weights_, first, column, c, out);
+      for (; c < classes_; ++c) sums<kRadius, kHeight, 1>(weights_, first, column, c, out);
     }
   }
 
+  // The taps' weights_ of kHeight rows of centres, and `totals` of those that merge.
+  template <int kRadius, bool kGather, int kHeight>
+  DYNPLAN_INLINE void make_weights(int64_t first, int64_t column, V* totals) {
+    constexpr int kAcross = 2 * kRadius + 1;
+    M own[kHeight];
+    V total[kHeight]{};
+    for (int i = 0; i < kHeight; ++i) {
+      own[i] = S::load(label_row_[first + i + kRadius] + column);
+      own[i] = own[i] >= 0 ? own[i] : S::fill_int(-2);  // agrees with none
+    }
+    for (int j = 0; j < kHeight + 2 * kRadius; ++j)
+#pragma GCC unroll 5
+      for (int x = 0; x < kAcross; ++x) {
+        const M label = S::load(label_row_[first + j] + column + x - kRadius);
+        const V share = kGather ? S::load(share_row_[first + j] + column + x - kRadius) : S::fill(1);
+#pragma GCC unroll 4
+        for (int i = 0; i < kHeight; ++i) {
+          if (j < i || j > i + 2 * kRadius) continue;
+          const int tap = (j - i) * kAcross + x;
+          const M agrees = label == own[i];
+          weights_[i * kAcross * kAcross + tap] = agrees ? share * weight_[tap] : V{};
+          if constexpr (!kGather) total[i] += agrees ? S::fill(part_[tap]) : V{};
+        }
+      }
+    for (int i = 0; !kGather && i < kHeight; ++i) totals[first + i] = total[i];
+  }
+
+  template <int kRadius, int kHeight, int kMany>
+  DYNPLAN_INLINE void sums(const V* weight, int64_t first, int64_t column, int64_t c,
+                           const TileOutput<T>& out) const {
+    constexpr int kAcross = 2 * kRadius + 1;
+    V sum[kMany][kHeight]{};
+#pragma GCC unroll 8
+    for (int j = 0; j < kHeight + 2 * kRadius; ++j) {
+      V value[kMany][kAcross];
+#pragma GCC unroll 3
+      for (int k = 0; k < kMany; ++k)
+        S::template load_around<kRadius>(value_row_[first + j] + (c + k) * values_.class_stride + column,
+                                         nullptr, value[k]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kHeight; ++i)
+#pragma GCC unroll 5
+        for (int x = 0; x < kAcross; ++x) {
+          if (j < i || j > i + 2 * kRadius) continue;
+          V w = weight[(i * kAcross + j - i) * kAcross + x];
+          // GCC would load it once a class.
+          if constexpr (kMany > 1) asm("" : "+v"(w));
+#pragma GCC unroll 3
+          for (int k = 0; k < kMany; ++k) sum[k][i] += w * value[k][x];
+        }
+    }
+#pragma GCC unroll 3
+    for (int k = 0; k < kMany; ++k)
+#pragma GCC unroll 4
+      for (int i = 0; i < kHeight; ++i) S::store(out.row[first + i] + (c + k) * out.class_stride, sum[k][i]);
+  }
+
+  static constexpr int kAcrossMost = 2 * kMostTapped + 1, kRowsMost = kRegionStrip + 2 * kMostTapped;
+  const int radius_;
   const int64_t last_row_;
   const Ring<Int>& labels_;
   const Ring<T>& values_;
   const Ring<T>* const shares_;
   const int64_t classes_;
-  T weight_[kAcross][kAcross];
-  T part_[kAcross][kAcross];  // of the normaliser
+  V weights_[kRegionStrip * kAcrossMost * kAcrossMost];  // of the centres at hand, row by row
+  T weight_[kAcrossMost * kAcrossMost], part_[kAcrossMost * kAcrossMost];  // of a tap, and of the normaliser
+  bool nested_ = true;                   // whether both axes have one set of weights: nested boxes,
+  T step_[kMostTapped + 1], whole_ = 0;  // of these weights; the normaliser of a whole window
   int64_t count_ = 0;
-  const Int* label_row_[kRegionStrip + kAcross - 1] = {};
-  const T* value_row_[kRegionStrip + kAcross - 1] = {};
-  const T* share_row_[kRegionStrip + kAcross - 1] = {};
+  const Int* label_row_[kRowsMost] = {};
+  const T* value_row_[kRowsMost] = {};
+  const T* share_row_[kRowsMost] = {};
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

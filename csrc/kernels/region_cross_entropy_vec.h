@@ -51,24 +51,31 @@ struct Simd {
     std::memcpy(&v, p, count * sizeof(T));
     return v;
   }
-  // Vectors that begin an element before `p`, at it and an element after it.
-  DYNPLAN_INLINE static void load_around(const T* p, V (&values)[3]) {
-    values[1] = load(p);
+  // Vectors that begin kReach elements before `p` to kReach after it, times those of `factors` if not null.
+  template <int kReach>
+  DYNPLAN_INLINE static void load_around(const T* p, const T* factors, V (&values)[2 * kReach + 1]) {
+    const auto at = [&](int x) __attribute__((always_inline)) {
+      return factors ? load(p + x) * load(factors + x) : load(p + x);
+    };
 #if DYNPLAN_VECTOR_MASKS
     // Vectors of 64 bytes straddle two cache lines anywhere but at their beginning: it is cheaper to shift
     // what three of them hold.
     if constexpr (kBytes == 64 && lanes == 16) {
-      const auto joined = [](V a, V b, auto first) __attribute__((always_inline)) {
-        return std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, std::bit_cast<__m512i>(b),
-                                                          std::bit_cast<__m512i>(a), first.value));
+      const __m512i before = std::bit_cast<__m512i>(at(-lanes)), here = std::bit_cast<__m512i>(at(0)),
+                    after = std::bit_cast<__m512i>(at(lanes));
+      const auto shift = [&](auto by) __attribute__((always_inline)) {
+        values[kReach - by.value] =
+            std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, here, before, lanes - by.value));
+        values[kReach + by.value] =
+            std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, after, here, by.value));
       };
-      values[0] = joined(load(p - lanes), values[1], std::integral_constant<int, lanes - 1>());
-      values[2] = joined(values[1], load(p + lanes), std::integral_constant<int, 1>());
+      values[kReach] = std::bit_cast<V>(here);
+      shift(std::integral_constant<int, 1>());
+      if constexpr (kReach > 1) shift(std::integral_constant<int, 2>());
       return;
     }
 #endif
-    values[0] = load(p - 1);
-    values[2] = load(p + 1);
+    for (int x = -kReach; x <= kReach; ++x) values[kReach + x] = at(x);
   }
   DYNPLAN_INLINE static V fill(T value) {
     return V{} + value;
