@@ -309,7 +309,8 @@ class RegionForward {
         pool_(params, planes_.labels, planes_.logits, params.classes),
         merged_(params.classes) {}
 
-  // As the gradient's, which needs more: cut alike, a loss has the same bits with its gradient and without.
+  // As the gradient's, which needs more: cut alike, in strips too, a loss has the same bits with its gradient
+  // and without.
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
     return gradient_bytes_per_column<T>(p);
   }
@@ -320,7 +321,7 @@ class RegionForward {
     planes_.reset(box, 1, planes, planes);
     stage_.reset(box, kRegionStrip);
     march_forward(
-        p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
+        p_, box, strip_, strip_ > 1 ? p_.radius[0] : 0, [&](int64_t d) { planes_.load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
     return total;
   }

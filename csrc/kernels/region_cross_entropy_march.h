@@ -7,17 +7,20 @@
 namespace dynplan::kernels::DYNPLAN_ISA {
 
 // Calls load(d) for the planes of the box and its halo as they are needed, and rows(d, h, count) for strips
-// of rows (d + i, h) that hold anchors.
+// of rows (d + i, h) that hold anchors. Strips begin `lead` planes before the box: with a radius they are
+// those of march_backward, for the last bits of sums depend on what else is in a strip.
 template <class Load, class Rows>
-void march_forward(const RegionCrossEntropyParams& p, const Box& box, int64_t strip, Load load, Rows rows) {
-  const int64_t r = p.radius[0];
-  for (int64_t d = box.begin[0] - r; d < box.begin[0] + r; ++d) load(d);
-  for (int64_t d = box.begin[0]; d < box.end[0]; d += strip) {
-    const int64_t count = smaller(strip, box.end[0] - d);
-    for (int64_t i = 0; i < count; ++i) load(d + r + i);
-    if (d % p.stride[0] != 0) continue;
+void march_forward(const RegionCrossEntropyParams& p, const Box& box, int64_t strip, int64_t lead, Load load,
+                   Rows rows) {
+  const int64_t r = p.radius[0], begin = box.begin[0] - lead;
+  for (int64_t d = begin - r; d < begin + r; ++d) load(d);
+  for (int64_t q = begin; q < box.end[0]; q += strip) {
+    const int64_t done = smaller(q + strip, box.end[0] + lead);
+    for (int64_t d = q; d < done; ++d) load(d + r);
+    const int64_t first = larger(0, q), last = smaller(p.size[0], done);
+    if (first >= last || first % p.stride[0] != 0) continue;
     for (int64_t h = box.begin[1]; h < box.end[1]; ++h)
-      if (h % p.stride[1] == 0) rows(d, h, count);
+      if (h % p.stride[1] == 0) rows(first, h, last - first);
   }
 }
 

@@ -188,7 +188,7 @@ class Pool : public TileWindows<T> {
 #pragma GCC unroll 7
             for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + (value(-e) + value(e));
             // share[e]: what the row adds to centres at distance e.
-            share[kRadius] = steps[kRadius] * level[kRadius];
+            share[kRadius] = S::product(steps[kRadius], level[kRadius]);
 #pragma GCC unroll 7
             for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
 #pragma GCC unroll 4

@@ -128,7 +128,7 @@ class RegionProbsForward {
     planes_.reset(box, 1, planes, planes);
     out_.reset(box, kRegionStrip);
     march_forward(
-        p_, box, strip_, [&](int64_t d) { planes_.load(n, d, &box, lse_); },
+        p_, box, strip_, /*lead=*/0, [&](int64_t d) { planes_.load(n, d, &box, lse_); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
     return total;
   }

@@ -145,7 +145,7 @@ class Roll {
         level[0] = value(0);
 #pragma GCC unroll 7
         for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + both(e);
-        share[kRadius] = steps[kRadius] * level[kRadius];
+        share[kRadius] = S::product(steps[kRadius], level[kRadius]);
 #pragma GCC unroll 7
         for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
         V done = kRadius == 0 ? share[0] : sums[k][0] + share[kRadius];

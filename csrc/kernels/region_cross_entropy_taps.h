@@ -145,7 +145,7 @@ class Taps {
       level[0] = value[kRadius];
 #pragma GCC unroll 2
       for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + (value[kRadius - e] + value[kRadius + e]);
-      share[kRadius] = steps[kRadius] * level[kRadius];
+      share[kRadius] = S::product(steps[kRadius], level[kRadius]);
 #pragma GCC unroll 2
       for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
 #pragma GCC unroll 4

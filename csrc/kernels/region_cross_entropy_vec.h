@@ -112,6 +112,12 @@ struct Simd {
     return a > b ? a : b;
   }
 
+  // a * b, rounded. A bare product may be fused with an addition that follows, in one copy of a loop and not
+  // in another, and the same sum would have other bits.
+  DYNPLAN_INLINE static V product(V a, V b) {
+    return a * b + V{};
+  }
+
   template <class F>
   DYNPLAN_INLINE static V per_lane(V v, F f) {
     for (int lane = 0; lane < lanes; ++lane) v[lane] = f(v[lane]);

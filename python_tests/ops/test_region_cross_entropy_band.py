@@ -54,10 +54,11 @@ def test_equals_the_reference(kind, kernel_size):
     )
 
 
-@pytest.mark.parametrize("kernel_size", [1, 5, 9])
-def test_same_bits_on_any_threads_and_without_a_gradient(kernel_size):
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 9])
+@pytest.mark.parametrize("kind", ["patches", "mixed"])
+def test_same_bits_on_any_threads_and_without_a_gradient(kind, kernel_size):
     torch.manual_seed(0)
-    input, target = torch.randn(SHAPE), labels("mixed")
+    input, target = torch.randn(SHAPE), labels(kind)
     results = on_threads(
         (1, 2, 3), lambda: value_and_gradient(region_cross_entropy, input, target, kernel_size=kernel_size)
     )
@@ -65,6 +66,22 @@ def test_same_bits_on_any_threads_and_without_a_gradient(kernel_size):
         plain = region_cross_entropy(input, target, kernel_size=kernel_size)
     for value, gradient in results:
         assert torch.equal(value, plain) and torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, (3, 5)])
+@pytest.mark.parametrize("shape", [(2, 2, 90, 121), (2, 150, 90, 121)])
+def test_every_loss_has_the_same_bits_without_a_gradient(shape, kernel_size, layout):
+    """Bands and strips of both passes meet windows of one label and of several at other rows."""
+    torch.manual_seed(0)
+    input = torch.randn(shape).contiguous(memory_format=layout)
+    rows, columns = torch.arange(shape[2]) // 25, torch.arange(shape[3]) // 60
+    target = ((rows[:, None] + columns) % shape[1]).expand(shape[0], -1, -1).contiguous()
+    kernel = list(kernel_size) if isinstance(kernel_size, tuple) else [kernel_size] * 2
+    options = (None, kernel, [1, 1], [1.0, 1.0], 1.0, 5.0, "logits", "weight", [-100], 0.0, "mean")
+    expected = torch.ops.dynplan.region_cross_entropy(input, target, *options, False)[2]
+    losses = torch.ops.dynplan._region_cross_entropy_once(input.requires_grad_(), target, *options)[2]
+    assert torch.equal(losses, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
