@@ -183,14 +183,11 @@ class Pool : public TileWindows<T> {
               if constexpr (kTake == Take::ones) return S::masked(masks[x], S::fill(1));
               if constexpr (kTake == Take::labels) return S::load_masked(at + x, masks[x]);
             };
-            V level[kRadius + 1], share[kRadius + 1];
-            level[0] = value(0);
-#pragma GCC unroll 7
-            for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + (value(-e) + value(e));
-            // share[e]: what the row adds to centres at distance e.
-            share[kRadius] = S::product(steps[kRadius], level[kRadius]);
-#pragma GCC unroll 7
-            for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
+            const auto both = [&](int x) __attribute__((always_inline)) {
+              return value(-x) + value(x);
+            };
+            V share[kRadius + 1];
+            row_shares<S, kRadius>(steps, value(0), both, share);
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) {
               const int distance = i + kReach < j ? j - i - kReach : i + kReach - j;

@@ -141,13 +141,8 @@ class Roll {
           else
             return value(-x) + value(x);
         };
-        V level[kRadius + 1], share[kRadius + 1];  // share[e]: what the row adds to centres e rows away
-        level[0] = value(0);
-#pragma GCC unroll 7
-        for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + both(e);
-        share[kRadius] = S::product(steps[kRadius], level[kRadius]);
-#pragma GCC unroll 7
-        for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
+        V share[kRadius + 1];
+        row_shares<S, kRadius>(steps, value(0), both, share);
         V done = kRadius == 0 ? share[0] : sums[k][0] + share[kRadius];
 #pragma GCC unroll 14
         for (int i = 1; i < kCentres; ++i)

@@ -141,13 +141,11 @@ class Taps {
       V value[2 * kRadius + 1];
       const T* shares = kGather ? share_row_[j] + column : nullptr;
       S::template load_around<kRadius>(value_row_[j] + c * values_.class_stride + column, shares, value);
-      V level[kRadius + 1], share[kRadius + 1];  // share[e]: what the row adds to centres e rows away
-      level[0] = value[kRadius];
-#pragma GCC unroll 2
-      for (int e = 1; e <= kRadius; ++e) level[e] = level[e - 1] + (value[kRadius - e] + value[kRadius + e]);
-      share[kRadius] = S::product(steps[kRadius], level[kRadius]);
-#pragma GCC unroll 2
-      for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
+      const auto both = [&](int x) __attribute__((always_inline)) {
+        return value[kRadius - x] + value[kRadius + x];
+      };
+      V share[kRadius + 1];
+      row_shares<S, kRadius>(steps, value[kRadius], both, share);
 #pragma GCC unroll 4
       for (int i = 0; i < kRegionStrip; ++i) {
         const int away = i + kRadius < j ? j - i - kRadius : i + kRadius - j;

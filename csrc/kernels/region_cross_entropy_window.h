@@ -49,6 +49,20 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+// share[e]: what a row of values adds to centres e rows away, where weights are sums of nested boxes: of the
+// value of the centres' own column and `both(x)`, the sum of those x columns to either side.
+template <class S, int kRadius, class Both>
+DYNPLAN_INLINE void row_shares(const typename S::V* steps, typename S::V own, Both both,
+                               typename S::V (&share)[kRadius + 1]) {
+  typename S::V level[kRadius + 1];
+  level[0] = own;
+#pragma GCC unroll 7
+  for (int x = 1; x <= kRadius; ++x) level[x] = level[x - 1] + both(x);
+  share[kRadius] = S::product(steps[kRadius], level[kRadius]);
+#pragma GCC unroll 7
+  for (int e = kRadius - 1; e >= 0; --e) share[e] = share[e + 1] + steps[e] * level[e];
+}
+
 // Half-open box of pixels of one image.
 struct Box {
   int64_t begin[3], end[3];
