@@ -2,10 +2,10 @@
 // from labels once, for the sums of all classes and of both directions (region_cross_entropy_roll.h).
 //
 // Sums roll down a column: a row of pixels is added to all centres whose windows hold it, and the oldest of
-// them is then complete. Pixels count only with the centre's label, which may be another in every lane, so
-// each pass rolls down with one label at a time in every lane: it may take up the next label where no window
-// of the last one reaches. The centres of a boundary between two labels take two passes, over the rows round
-// the boundary; lanes and rows of many labels go pixel by pixel.
+// them is then complete. Pixels count only with the centre's label, which may be another in every lane. So
+// what a row adds is summed for one label at a time in every lane, and added to the centres that have it:
+// once in most rows, twice where a boundary between two labels crosses the windows of a lane both ways. Lanes
+// and rows of many labels go pixel by pixel.
 #pragma once
 
 #include "kernels/region_cross_entropy_window.h"
@@ -20,26 +20,14 @@ class ColumnPlan {
   using M = typename S::M;
   using Mask = typename S::Mask;
   using Int = typename S::Int;
-  static constexpr int kPasses = 3;
 
-  // Rows of pixels, all of which agree in all lanes with the label of the pass, as do the centres that they
-  // complete (`plain`), or not.
+  // What a row of pixels adds may be of all that windows hold of it (`plain`), or of those `pixels` that have
+  // the label, and be added to all centres or to those `centres` that have it; or of both, once or more.
+  enum class Kind { plain, pixels, centres, both };
+  // Rows of pixels.
   struct Piece {
     int64_t begin, end;
-    bool plain;
-  };
-  // Rows of centres, without a gap longer than a window, and the pieces of [begin + radius, end + radius).
-  struct Run {
-    int64_t begin, end;
-    const Piece *first, *last;
-  };
-  struct Pass {
-    std::unique_ptr<M[]> label;     // of each row of pixels
-    std::unique_ptr<Mask[]> agree;  // pixels that have it, 2 radius + 1 columns to a row
-    std::unique_ptr<Mask[]> mine;   // centres of this pass
-    std::unique_ptr<Run[]> runs;
-    std::unique_ptr<Piece[]> pieces;
-    int num_runs = 0;
+    Kind kind;
   };
   // A pixel that agrees with some centre of a row that goes by pixel: its place from the first lane of that
   // row, and its distance.
@@ -55,13 +43,10 @@ class ColumnPlan {
   // For columns of `rows` rows.
   void reset(int radius, int64_t rows) {
     radius_ = radius;
-    for (Pass& pass : passes_) {
-      pass.label.reset(new M[rows]());
-      pass.agree.reset(new Mask[rows * (2 * radius + 1)]);
-      pass.mine.reset(new Mask[rows]);
-      pass.runs.reset(new Run[rows]);
-      pass.pieces.reset(new Piece[2 * rows]);
-    }
+    across_ = 2 * radius + 1;
+    pieces_.reset(new Piece[rows]);
+    share_.reset(new int64_t[rows + 1]);
+    masks_.reset(new Mask[rows * kMostShares * 2 * across_]);
     by_pixel_.reset(new bool[rows]);
     tap_rows_.reset(new TapRow[rows]);
     taps_.reset();
@@ -69,30 +54,41 @@ class ColumnPlan {
   }
 
   // Centres are in rows [begin, end), `radius` rows from either end of `labels`, whose first is that of the
-  // first lane. (Windows depend on labels alone; which pass sums a centre has no influence on its bits, but
-  // whether one does has: a centre's sums repeat if its column is planned over the same rows.)
+  // first lane. (Windows depend on labels alone; in which share a row is added to a centre has no influence
+  // on its bits, but whether it goes by pixel has: a centre's sums repeat if its column is planned over the
+  // same rows.)
   void make(const Int* labels, int64_t row_stride, int64_t begin, int64_t end) {
     labels_ = labels;
     row_stride_ = row_stride;
     begin_ = begin;
     end_ = end;
-    num_passes_ = 0;
-    if (noisy())
-      std::memset(by_pixel_.get() + begin_, true, end_ - begin_);
-    else
-      find_passes();
-    for (int k = 0; k < num_passes_; ++k) find_runs(k);
+    num_pieces_ = 0;
+    const bool by_pixel = noisy();
+    std::memset(by_pixel_.get() + begin_, by_pixel, end_ - begin_);
+    if (!by_pixel) find_pieces();
     find_taps();
   }
 
-  int num_passes() const { return num_passes_; }
-  const Pass& pass(int k) const { return passes_[k]; }
+  // In order, and without gaps from `radius` rows above the centres to as many below; none if all centres go
+  // by pixel.
+  const Piece* pieces() const { return num_pieces_ > 0 ? pieces_.get() : nullptr; }
+  // What a row adds: shares [share(row), share(row + 1)), of which only the first has a part in the centre
+  // `radius` rows below it.
+  int64_t share(int64_t row) const { return share_[row]; }
+  // Of each share: its pixels, from `radius` columns before the lanes' own to as many after, and its centres,
+  // from `radius` rows above the row to as many below.
+  const Mask* pixels(int64_t share) const { return masks_.get() + share * 2 * across_; }
+  const Mask* centres(int64_t share) const { return pixels(share) + across_; }
+
   int num_tap_rows() const { return num_tap_rows_; }
   const TapRow& tap_row(int i) const { return tap_rows_[i]; }
   const Tap& tap(int64_t i) const { return taps_[i]; }
-  M labels(int64_t row, int64_t x = 0) const { return S::load(labels_ + row * row_stride_ + x); }
 
  private:
+  static constexpr int64_t kMostShares = 4;  // to a row
+
+  M labels(int64_t row, int64_t x = 0) const { return S::load(labels_ + row * row_stride_ + x); }
+
   // Whether labels change from most pixels to the next.
   bool noisy() const {
     M changes{};
@@ -100,85 +96,105 @@ class ColumnPlan {
     return S::bits(changes < S::fill_int(static_cast<Int>((begin_ - end_) / 2))) == (1u << S::lanes) - 1;
   }
 
-  // Gives every centre to the first pass that has its label or is free to take it. Pass k has label now[k]
-  // since a centre in row last[k].
-  void find_passes() {
-    M now[kPasses], last[kPasses];
-    for (int64_t row = begin_; row < end_; ++row) {
-      const M own = labels(row);
-      if (num_passes_ > 0 && S::all(own == now[0])) {  // as in most rows
-        last[0] = S::fill_int(static_cast<Int>(row));
-        for (int k = 0; k < num_passes_; ++k) {
-          passes_[k].label[row + radius_] = now[k];
-          passes_[k].mine[row] = S::mask(S::fill_int(k == 0 ? -1 : 0));
-        }
-        by_pixel_[row] = false;
-        continue;
-      }
-      M left = own >= 0;
-      for (int k = 0; k < kPasses; ++k) {
-        Pass& pass = passes_[k];
-        if (k == num_passes_) {
-          if (k > 0 && !S::bits(left)) break;
-          num_passes_ = k + 1;
-          now[k] = S::fill_int(-2);
-          last[k] = S::fill_int(-4 * kRegionMaxRadius);
-          for (int64_t before = begin_; before < row; ++before) pass.mine[before] = Mask{};
-        }
-        const M same = (own == now[k]) & left;
-        const M free = (last[k] < S::fill_int(static_cast<Int>(row - 2 * radius_))) & left & ~same;
-        if (S::bits(free)) {
-          now[k] = free ? own : now[k];
-          for (int64_t before = row - radius_; before < row + radius_; ++before)
-            pass.label[before] = free ? own : pass.label[before];
-        }
-        const M mine = same | free;
-        last[k] = mine ? S::fill_int(static_cast<Int>(row)) : last[k];
-        left &= ~mine;
-        pass.label[row + radius_] = now[k];
-        pass.mine[row] = S::mask(mine);
-      }
-      by_pixel_[row] = S::bits(left) != 0;
-      for (int k = 0; by_pixel_[row] && k < num_passes_; ++k) passes_[k].mine[row] = Mask{};
+  void find_pieces() {
+    int64_t changed = begin_;  // the last centre that has another label than the one above it in some lane
+    share_[begin_ - radius_] = 0;
+    for (int64_t row = begin_ - radius_; row < end_ + radius_; ++row) {
+      const int64_t newest = row + radius_;
+      if (newest > begin_ && newest < end_ && !S::all(labels(newest) == labels(newest - 1))) changed = newest;
+      share_[row + 1] = share_[row];
+      const Kind kind = find_shares(row, changed);
+      if (num_pieces_ == 0 || kind != pieces_[num_pieces_ - 1].kind) pieces_[num_pieces_++] = {row, row, kind};
+      pieces_[num_pieces_ - 1].end = row + 1;
     }
   }
 
-  // The first pass writes all rows but those that go by pixel, so that the others can add to them.
-  bool takes(int k, int64_t row) const { return k == 0 ? !by_pixel_[row] : S::any(passes_[k].mine[row]); }
-
-  void find_runs(int k) {
-    Pass& pass = passes_[k];
-    pass.num_runs = 0;
-    Piece* piece = pass.pieces.get();
-    int64_t seen = begin_ - radius_;  // rows of pixels before it have been compared
-    for (int64_t row = begin_; row < end_; ++row) {
-      if (!takes(k, row)) continue;
-      Run run{row, row + 1, piece, piece};
-      for (int64_t next = row + 1; next < end_ && next <= run.end + 2 * radius_; ++next)
-        if (takes(k, next)) run.end = next + 1;
-      for (int64_t at = larger(seen, row - radius_); at < row + radius_; ++at) compare(pass, at);
-      for (int64_t at = row + radius_; at < run.end + radius_; ++at) {
-        const bool plain = S::full(S::both(compare(pass, at), pass.mine[at - radius_]));
-        if (at == row + radius_ || plain != piece[-1].plain) *piece++ = {at, at, plain};
-        piece[-1].end = at + 1;
-      }
-      run.last = piece;
-      pass.runs[pass.num_runs++] = run;
-      seen = run.end + radius_;
-      row = run.end - 1;
+  Kind find_shares(int64_t row, int64_t changed) {
+    const int64_t first = larger(row - radius_, begin_), last = smaller(row + radius_, end_ - 1);
+    const Int* at = labels_ + row * row_stride_;
+    const M label = S::fill_int(*at), own = labels(last);
+    M same = S::load(at + radius_) == label;
+    for (int x = -radius_; x < radius_; x += S::lanes) same &= S::load(at + x) == label;
+    const bool one = *at >= 0 && S::all(same);
+    if (changed > first && !one) {
+      if (!find_two_shares(row, first, last)) find_mixed_shares(row, first, last);
+      return Kind::both;
     }
+    if (changed <= first && one && S::all(own == label)) return Kind::plain;
+    if (changed <= first) {
+      add_pixels(row, own >= 0 ? own : S::fill_int(-2));
+      ++share_[row + 1];
+      return Kind::pixels;
+    }
+    add_centres(row, label, first, last);
+    ++share_[row + 1];
+    return Kind::centres;
   }
 
-  // Lanes of which all pixels of a row agree.
-  Mask compare(Pass& pass, int64_t row) {
-    const M label = pass.label[row];
-    Mask* agree = pass.agree.get() + row * (2 * radius_ + 1);
-    Mask all = S::mask(S::fill_int(-1));
+  // Where centres have no labels but the newest's and the oldest's, as most have.
+  bool find_two_shares(int64_t row, int64_t first, int64_t last) {
+    const M newest = labels(last), oldest = labels(first);
+    M others{};
+    for (int64_t i = first + 1; i < last; ++i) {
+      const M own = labels(i);
+      others |= (own >= 0) & (own != newest) & (own != oldest);
+    }
+    if (S::bits(others)) return false;
+    M finds_newest{}, finds_oldest{};
     for (int x = -radius_; x <= radius_; ++x) {
-      *agree = S::equal(labels(row, x), label);
-      all = S::both(all, *agree++);
+      const M pixel = labels(row, x);
+      finds_newest |= pixel == newest;
+      finds_oldest |= pixel == oldest;
     }
-    return all;
+    finds_newest &= newest >= 0;
+    finds_oldest &= (oldest >= 0) & (oldest != newest);
+    const M none = S::fill_int(-2), both = finds_newest & finds_oldest;
+    add_share(row, finds_newest ? newest : finds_oldest ? oldest : none, first, last);
+    if (S::bits(both)) add_share(row, both ? oldest : none, first, last);
+    return true;
+  }
+
+  // Labels that centres have left, the newest centre's first, as long as some pixel of the row has them.
+  void find_mixed_shares(int64_t row, int64_t first, int64_t last) {
+    M left[2 * kRegionMaxRadius + 1];
+    for (int64_t i = first; i <= last; ++i) left[i - first] = by_pixel_[i] ? S::fill_int(-1) : labels(i);
+    for (int64_t shares = 0;; ++shares) {
+      M label = S::fill_int(-2), found{};
+      for (;;) {
+        M next = S::fill_int(-2);
+        for (int64_t i = 0; i <= last - first; ++i) next = left[i] >= 0 ? left[i] : next;
+        const M open = (next >= 0) & ~found;
+        if (!S::bits(open)) break;
+        label = open ? next : label;
+        found = M{};
+        for (int x = -radius_; x <= radius_; ++x) found |= labels(row, x) == label;
+        for (int64_t i = 0; i <= last - first; ++i) left[i] |= left[i] == label;  // -1: done
+      }
+      if (!S::bits(found) && shares > 0) return;
+      if (shares < kMostShares) {
+        add_share(row, label, first, last);
+      } else {
+        for (int64_t i = first; i <= last; ++i)
+          if (S::bits((labels(i) == label) & found)) by_pixel_[i] = true;
+      }
+    }
+  }
+
+  void add_share(int64_t row, M label, int64_t first, int64_t last) {
+    add_pixels(row, label);
+    add_centres(row, label, first, last);
+    ++share_[row + 1];
+  }
+  // The next share of a row, of those pixels that have a label.
+  void add_pixels(int64_t row, M label) {
+    Mask* to = masks_.get() + share_[row + 1] * 2 * across_;
+    for (int x = -radius_; x <= radius_; ++x) *to++ = S::equal(labels(row, x), label);
+  }
+  // The same of centres.
+  void add_centres(int64_t row, M label, int64_t first, int64_t last) {
+    Mask* to = masks_.get() + share_[row + 1] * 2 * across_ + across_;
+    for (int64_t i = row - radius_; i <= row + radius_; ++i)
+      *to++ = i < first || i > last ? Mask{} : S::equal(labels(i), label);
   }
 
   // (Kept without branches: most pixels agree nowhere.)
@@ -204,9 +220,11 @@ class ColumnPlan {
 
   const Int* labels_ = nullptr;
   int64_t rows_ = 0, row_stride_ = 0, begin_ = 0, end_ = 0;
-  int radius_ = 0, num_passes_ = 0;
-  Pass passes_[kPasses];
-  std::unique_ptr<bool[]> by_pixel_;  // centres whose windows no pass sums
+  int radius_ = 0, across_ = 1, num_pieces_ = 0;
+  std::unique_ptr<Piece[]> pieces_;
+  std::unique_ptr<int64_t[]> share_;
+  std::unique_ptr<Mask[]> masks_;
+  std::unique_ptr<bool[]> by_pixel_;  // centres whose windows are not summed by rows
   int num_tap_rows_ = 0;
   std::unique_ptr<TapRow[]> tap_rows_;
   std::unique_ptr<Tap[]> taps_;

@@ -83,29 +83,13 @@ class Roll {
   template <Take kTake, int kRadius>
   void add_rows(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
                 const T* step, int64_t begin, int64_t end) const {
+    if (!plan.pieces()) return;
     // Where there are registers for it.
     constexpr int kMost = kTake == Take::values && kVectorMasks && kRadius <= 3 ? 3 : 1;
-    for (int k = 0; k < plan.num_passes(); ++k) {
-      const auto& pass = plan.pass(k);
-      for (int i = 0; i < pass.num_runs; ++i) {
-        typename Plan::Run run = pass.runs[i];
-        run.begin = larger(run.begin, begin);
-        run.end = smaller(run.end, end);
-        if (run.begin >= run.end) continue;
-        for (int64_t c = 0; c < classes;) {
-          const bool all = classes - c >= kMost;
-          if (k == 0 && all)
-            add_run<kTake, kRadius, kMost, false>(pass, run, from, to, step, c);
-          else if (k == 0)
-            add_run<kTake, kRadius, 1, false>(pass, run, from, to, step, c);
-          else if (all)
-            add_run<kTake, kRadius, kMost, true>(pass, run, from, to, step, c);
-          else
-            add_run<kTake, kRadius, 1, true>(pass, run, from, to, step, c);
-          c += all ? kMost : 1;
-        }
-      }
-    }
+    int64_t c = 0;
+    for (; c + kMost <= classes; c += kMost)
+      roll<kTake, kRadius, kMost>(plan, from, to, step, begin, end, c);
+    for (; c < classes; ++c) roll<kTake, kRadius, 1>(plan, from, to, step, begin, end, c);
   }
 
   // Sums of kClasses classes whose windows hold the row of pixels that is next: of the centres from radius
@@ -115,75 +99,125 @@ class Roll {
     static constexpr int kCentres = 2 * kRadius;
     V sums[kClasses][kCentres + 1];
 
-    // Adds a row that begins at `at`; the oldest centre is complete and goes to `to`. `agrees` is null where
-    // all pixels do.
-    template <Take kTake, bool kPlain, bool kStore, bool kAdd>
-    DYNPLAN_INLINE void add(const V* steps, const T* at, int64_t class_stride, const Mask* agrees, T* to,
-                            int64_t to_class_stride, Mask mine) {
+    // Adds the first share of a row that begins at `at`; the oldest centre is complete and goes to `to`. Of
+    // all pixels or centres where their masks are null.
+    template <Take kTake, bool kPixels, bool kTheseCentres>
+    DYNPLAN_INLINE void add(const V* steps, const T* at, int64_t class_stride, const Mask* pixels,
+                            const Mask* centres, T* to, int64_t to_class_stride) {
+      V share[kClasses][kRadius + 1];
+      sum<kTake, kPixels>(steps, at, class_stride, pixels, share);
+      Mask takes[kCentres + 1] = {};
+#pragma GCC unroll 15
+      for (int i = 0; kTheseCentres && i <= kCentres; ++i) takes[i] = centres[i];
+#pragma GCC unroll 4
+      for (int k = 0; k < kClasses; ++k) {
+        const auto plus = [&](V sum, int i) __attribute__((always_inline)) {
+          const V more = share[k][i < kRadius ? kRadius - i : i - kRadius];
+          return kTheseCentres ? S::add_masked(sum, more, takes[i]) : sum + more;
+        };
+        const V newest =
+            kTheseCentres ? S::masked(takes[kCentres], share[k][kRadius]) : share[k][kRadius];
+        const V done = kRadius == 0 ? newest : plus(sums[k][0], 0);
+#pragma GCC unroll 14
+        for (int i = 1; i < kCentres; ++i) sums[k][i - 1] = plus(sums[k][i], i);
+        if constexpr (kRadius > 0) sums[k][kCentres - 1] = newest;
+        S::store(to + k * to_class_stride, done);
+      }
+    }
+
+    // Adds another share of a row, before its first.
+    template <Take kTake>
+    DYNPLAN_INLINE void add_more(const V* steps, const T* at, int64_t class_stride, const Mask* pixels,
+                                 const Mask* centres) {
+      V share[kClasses][kRadius + 1];
+      sum<kTake, true>(steps, at, class_stride, pixels, share);
+      Mask takes[kCentres + 1] = {};
+#pragma GCC unroll 14
+      for (int i = 0; i < kCentres; ++i) takes[i] = centres[i];
+#pragma GCC unroll 4
+      for (int k = 0; k < kClasses; ++k)
+#pragma GCC unroll 14
+        for (int i = 0; i < kCentres; ++i)
+          sums[k][i] = S::add_masked(sums[k][i], share[k][i < kRadius ? kRadius - i : i - kRadius], takes[i]);
+    }
+
+    template <Take kTake, bool kPixels>
+    DYNPLAN_INLINE void sum(const V* steps, const T* at, int64_t class_stride, const Mask* pixels,
+                            V (&share)[kClasses][kRadius + 1]) {
       // Loaded once: a mask may be of a character type, which any store might change.
       Mask agree[2 * kRadius + 1] = {};
 #pragma GCC unroll 15
-      for (int x = 0; !kPlain && x <= 2 * kRadius; ++x) agree[x] = agrees[x];
+      for (int x = 0; kPixels && x <= 2 * kRadius; ++x) agree[x] = pixels[x];
 #pragma GCC unroll 4
       for (int k = 0; k < kClasses; ++k) {
         const T* from = at + k * class_stride;
         const auto value = [&](int x) __attribute__((always_inline)) {
           if constexpr (kTake == Take::ones)
-            return kPlain ? S::fill(1) : S::masked(agree[kRadius + x], S::fill(1));
-          else if constexpr (kPlain)
-            return S::load(from + x);
-          else
+            return kPixels ? S::masked(agree[kRadius + x], S::fill(1)) : S::fill(1);
+          else if constexpr (kPixels)
             return S::load_masked(from + x, agree[kRadius + x]);
+          else
+            return S::load(from + x);
         };
         const auto both = [&](int x) __attribute__((always_inline)) {
-          if constexpr (kTake == Take::values && !kPlain)
-            return S::add_masked(value(-x), from + x, agree[kRadius + x]);
+          if constexpr (kTake == Take::values && kPixels)
+            return S::add_masked(value(-x), S::load(from + x), agree[kRadius + x]);
           else
             return value(-x) + value(x);
         };
-        V share[kRadius + 1];
-        row_shares<S, kRadius>(steps, value(0), both, share);
-        V done = kRadius == 0 ? share[0] : sums[k][0] + share[kRadius];
-#pragma GCC unroll 14
-        for (int i = 1; i < kCentres; ++i)
-          sums[k][i - 1] = sums[k][i] + share[i < kRadius ? kRadius - i : i - kRadius];
-        if constexpr (kRadius > 0) sums[k][kCentres - 1] = share[kRadius];
-        if constexpr (kStore) {
-          T* out = to + k * to_class_stride;
-          if constexpr (!kPlain) done = S::masked(mine, done);
-          if constexpr (!kPlain && kAdd) done += S::load(out);
-          S::store(out, done);
-        }
+        row_shares<S, kRadius>(steps, value(0), both, share[k]);
       }
     }
   };
 
-  template <Take kTake, int kRadius, int kClasses, bool kAdd>
-  void add_run(const typename Plan::Pass& pass, const typename Plan::Run& run, const Columns<const T>& from,
-               const Columns<T>& to, const T* step, int64_t c) const {
-    constexpr int kAcross = 2 * kRadius + 1;
+  template <Take kTake, int kRadius, int kClasses>
+  void roll(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, const T* step,
+            int64_t begin, int64_t end, int64_t c) const {
+    using Kind = typename Plan::Kind;
     V steps[kRadius + 1];
     for (int e = 0; e <= kRadius; ++e) steps[e] = S::fill(step[e]);
-    const int64_t full = run.begin + kRadius;  // windows of centres are complete from this row of pixels on
     const T* values = from.data + c * from.class_stride;
-    T* out = to.data + c * to.class_stride - kRadius * to.row_stride;
-    const Mask* agree = pass.agree.get();
+    T* wanted = to.data + c * to.class_stride - kRadius * to.row_stride;
+    V unwanted[kClasses];  // sums of centres above the first
     Open<kRadius, kClasses> open{};
-    for (int64_t row = run.begin - kRadius; row < full; ++row)
-      open.template add<kTake, false, false, kAdd>(steps, values + row * from.row_stride, from.class_stride,
-                                                   agree + row * kAcross, nullptr, 0, Mask{});
-    for (const auto* piece = run.first; piece < run.last; ++piece) {
-      const int64_t begin = larger(piece->begin, full), end = smaller(piece->end, run.end + kRadius);
-      if (piece->plain) {
-        for (int64_t row = begin; row < end; ++row)
-          open.template add<kTake, true, true, kAdd>(steps, values + row * from.row_stride, from.class_stride,
-                                                     nullptr, out + row * to.row_stride, to.class_stride,
-                                                     Mask{});
-      } else {
-        for (int64_t row = begin; row < end; ++row)
-          open.template add<kTake, false, true, kAdd>(
-              steps, values + row * from.row_stride, from.class_stride, agree + row * kAcross,
-              out + row * to.row_stride, to.class_stride, pass.mine[row - kRadius]);
+    const auto* piece = plan.pieces();
+    for (int64_t row = begin - kRadius; row < end + kRadius;) {
+      while (piece->end <= row) ++piece;
+      const bool above = row < begin + kRadius;
+      const int64_t last = smaller(piece->end, (above ? begin : end) + kRadius);
+      const Columns<T> out = above ? Columns<T>{reinterpret_cast<T*>(unwanted), S::lanes, 0}
+                                   : Columns<T>{wanted, to.class_stride, to.row_stride};
+      const auto rows = [&](auto add) __attribute__((always_inline)) {
+        for (; row < last; ++row) add(values + row * from.row_stride, out.data + row * out.row_stride);
+      };
+      switch (piece->kind) {
+        case Kind::plain:
+          rows([&](const T* at, T* done) __attribute__((always_inline)) {
+            open.template add<kTake, false, false>(steps, at, from.class_stride, nullptr, nullptr, done,
+                                                   out.class_stride);
+          });
+          break;
+        case Kind::pixels:
+          rows([&](const T* at, T* done) __attribute__((always_inline)) {
+            open.template add<kTake, true, false>(steps, at, from.class_stride, plan.pixels(plan.share(row)),
+                                                  nullptr, done, out.class_stride);
+          });
+          break;
+        case Kind::centres:
+          rows([&](const T* at, T* done) __attribute__((always_inline)) {
+            open.template add<kTake, false, true>(steps, at, from.class_stride, nullptr,
+                                                  plan.centres(plan.share(row)), done, out.class_stride);
+          });
+          break;
+        case Kind::both:
+          rows([&](const T* at, T* done) __attribute__((always_inline)) {
+            const int64_t first = plan.share(row);
+            for (int64_t s = first + 1; s < plan.share(row + 1); ++s)
+              open.template add_more<kTake>(steps, at, from.class_stride, plan.pixels(s), plan.centres(s));
+            open.template add<kTake, true, true>(steps, at, from.class_stride, plan.pixels(first),
+                                                 plan.centres(first), done, out.class_stride);
+          });
+          break;
       }
     }
   }

@@ -146,9 +146,9 @@ struct Simd {
   DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
     return std::bit_cast<V>(_mm256_maskz_loadu_ps(wanted, p));
   }
-  DYNPLAN_INLINE static V add_masked(V v, const T* p, Mask wanted) {
+  DYNPLAN_INLINE static V add_masked(V v, V more, Mask wanted) {
     const __m256 sum = std::bit_cast<__m256>(v);
-    return std::bit_cast<V>(_mm256_mask_add_ps(sum, wanted, sum, _mm256_loadu_ps(p)));
+    return std::bit_cast<V>(_mm256_mask_add_ps(sum, wanted, sum, std::bit_cast<__m256>(more)));
   }
 #else
   using Mask = M;
@@ -167,8 +167,8 @@ struct Simd {
   DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
     return masked(wanted, load(p));
   }
-  DYNPLAN_INLINE static V add_masked(V v, const T* p, Mask wanted) {
-    return v + load_masked(p, wanted);
+  DYNPLAN_INLINE static V add_masked(V v, V more, Mask wanted) {
+    return v + masked(wanted, more);
   }
 #endif
 
