@@ -13,14 +13,14 @@
 namespace dynplan::kernels::DYNPLAN_ISA {
 
 // Rows of logits have to be dense and in full precision: they are read in short pieces, class by class. The
-// smallest windows go by taps.
+// smallest windows cost less by taps.
 inline bool takes_bands(const RegionCrossEntropyParams& p) {
   const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
   bool square =
       dense && p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
   for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
-  return square && p.radius[0] == p.radius[2] && !takes_taps(p);
+  return square && p.radius[0] == p.radius[2] && p.radius[2] != 1;
 }
 
 template <class T, class Stage>
@@ -197,21 +197,20 @@ class Band {
     const int64_t begin = larger(0, x - kLag), end = inside(x - kLag + kBlock);
     for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
       const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
-      for (int64_t w = begin; w < end; w += S::lanes) {
+      const auto sums = [&](int64_t w, const Columns<T>& to) {
         const Columns<T> at = anchors(c, w - x);
-        const Columns<const T> from{at.data, at.class_stride, at.row_stride};
-        if (direct_.base && w + S::lanes <= p_.size[2]) {
-          T* to = direct_.at(n_, box_.begin[0], 0, w) + c * direct_.class_stride - first * direct_.stride[1];
-          roll_.sums(plan(w), from, {to, direct_.class_stride, direct_.stride[1]}, classes, first, last);
-        } else {
-          // Staged in rows of a vector.
-          const Columns<T> to{staged_.data, staged_.class_stride, S::lanes};
-          roll_.sums(plan(w), from, to, classes, first, last);
-          for (int64_t row = first; row < last; ++row)
-            store_gradient(p_, grad_, n_, image_row(row), 0, c, c + classes, w, inside(w + S::lanes),
-                           to.data + row * to.row_stride, to.class_stride);
-        }
-      }
+        roll_.sums(plan(w), {at.data, at.class_stride, at.row_stride}, to, classes, first, last);
+      };
+      int64_t w = begin;
+      for (; direct_.base && w + S::lanes <= end; w += S::lanes)
+        sums(w, {direct_.at(n_, box_.begin[0], 0, w) + c * direct_.class_stride - first * direct_.stride[1],
+                 direct_.class_stride, direct_.stride[1]});
+      // Others are staged.
+      for (int64_t to = w; to < end; to += S::lanes)
+        sums(to, {staged_.data + (to - w), staged_.class_stride, staged_.row_stride});
+      for (int64_t row = first; w < end && row < last; ++row)
+        store_gradient(p_, grad_, n_, image_row(row), 0, c, c + classes, w, end,
+                       staged_.data + row * staged_.row_stride, staged_.class_stride);
     }
     // What windows of the next block reach.
     for (int64_t c = 0; c < p_.classes; ++c) {

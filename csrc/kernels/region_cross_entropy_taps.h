@@ -1,9 +1,9 @@
-// The inner loop for small windows on images: sums as those of region_cross_entropy_pool.h, of one vector of
-// the widest kind in each row of a strip. Every pixel of a window, a tap, gets a vector of weights, 0 in the
-// lanes of which it does not agree. Weights are made from the labels once for all classes, so that sums cost
-// the same wherever labels end. Windows of 3 x 3 keep them in registers. With larger ones classes share what
-// is loaded of them, and windows of one label are summed as nested boxes; that pays up to a radius of
-// kMostTapped.
+// The inner loop for small windows on images, where region_cross_entropy_band.h does not take them: sums as
+// those of region_cross_entropy_pool.h, of one vector of the widest kind in each row of a strip. Every pixel
+// of a window, a tap, gets a vector of weights, 0 in the lanes of which it does not agree. Weights are made
+// from the labels once for all classes, so that sums cost the same wherever labels end. Windows of 3 x 3 keep
+// them in registers. With larger ones classes share what is loaded of them, and windows of one label are
+// summed as nested boxes; that pays up to a radius of kMostTapped.
 //
 // Every lane of every tap is multiplied: values have to be finite where pixels do not count.
 #pragma once
