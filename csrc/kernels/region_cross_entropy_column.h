@@ -23,7 +23,8 @@ class ColumnPlan {
 
   // What a row of pixels adds may be of all that windows hold of it (`plain`), or of those `pixels` that have
   // the label, and be added to all centres or to those `centres` that have it; or of both, once or more.
-  enum class Kind { plain, pixels, centres, both };
+  // `none` of its pixels count.
+  enum class Kind { none, plain, pixels, centres, both };
   // Rows of pixels.
   struct Piece {
     int64_t begin, end;
@@ -115,7 +116,8 @@ class ColumnPlan {
     const M label = S::fill_int(*at), own = labels(last);
     M same = S::load(at + radius_) == label;
     for (int x = -radius_; x < radius_; x += S::lanes) same &= S::load(at + x) == label;
-    const bool one = *at >= 0 && S::all(same);
+    const bool one = S::all(same);
+    if (one && *at < 0) return Kind::none;
     if (changed > first && !one) {
       if (!find_two_shares(row, first, last)) find_mixed_shares(row, first, last);
       return Kind::both;

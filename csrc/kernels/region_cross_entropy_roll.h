@@ -141,6 +141,14 @@ class Roll {
           sums[k][i] = S::add_masked(sums[k][i], share[k][i < kRadius ? kRadius - i : i - kRadius], takes[i]);
     }
 
+    // A row that adds nothing.
+    DYNPLAN_INLINE void skip(T* to, int64_t to_class_stride) {
+      for (int k = 0; k < kClasses; ++k) {
+        S::store(to + k * to_class_stride, sums[k][0]);
+        for (int i = 1; i <= kCentres; ++i) sums[k][i - 1] = i < kCentres ? sums[k][i] : V{};
+      }
+    }
+
     template <Take kTake, bool kPixels>
     DYNPLAN_INLINE void sum(const V* steps, const T* at, int64_t class_stride, const Mask* pixels,
                             V (&share)[kClasses][kRadius + 1]) {
@@ -191,6 +199,10 @@ class Roll {
         for (; row < last; ++row) add(values + row * from.row_stride, out.data + row * out.row_stride);
       };
       switch (piece->kind) {
+        case Kind::none:
+          rows([&](const T*, T* done)
+                   __attribute__((always_inline)) { open.skip(done, out.class_stride); });
+          break;
         case Kind::plain:
           rows([&](const T* at, T* done) __attribute__((always_inline)) {
             open.template add<kTake, false, false>(steps, at, from.class_stride, nullptr, nullptr, done,
