@@ -30,11 +30,12 @@ class Band {
   using Wide = Simd<T, kWideBytes>;  // of tiles, which cost no more where labels differ
   using Int = typename S::Int;
 
-  // Bands whose anchors, and what is asked for ahead, fit in the second-level cache; with or without a
-  // gradient alike, so that a loss has the same bits.
+  // Bands whose anchors, and what is asked for ahead, leave room in the second-level cache for what is read
+  // and written; with or without a gradient alike, so that a loss has the same bits.
   static Tiling tiling(const RegionCrossEntropyParams& p) {
+    constexpr int64_t kBytes = 512 * 1024;  // of a second-level cache of 1 MiB or more
     const int64_t bytes = 2 * kWidth * p.classes * static_cast<int64_t>(sizeof(T));
-    const int64_t rows = Tiling::kScratchBytes / larger(1, bytes) - 3 * p.radius[0];
+    const int64_t rows = kBytes / larger(1, bytes) - 3 * p.radius[0];
     return Tiling(p.batch, p.size, p.size[2], larger(32, smaller(rows, Tiling::march(p))), 1);
   }
 
