@@ -31,7 +31,7 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    cases: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2
+    cases: dict[str, Callable[[], object]], rounds: int = 10, warmup: int = 2, settle: int = 0
 ) -> dict[str, Timing]:
     """Times the cases in turn, A B C A B C ..., so that a change of the machine's speed meets all of them.
 
@@ -39,6 +39,8 @@ def interleave(
         cases: name to a call without arguments.
         rounds: measured calls of each, at least 1.
         warmup: calls of each before the first measured one.
+        settle: calls of each right before every measured one, so that none begins with the caches that a
+            much slower case left behind.
 
     Returns:
         A :class:`Timing` for each name, in the order given. Compare by ratio, never across runs. On CUDA a
@@ -48,6 +50,8 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + rounds):
         for name, call in cases.items():
+            for _ in range(settle):
+                call()
             wait()
             start = time.perf_counter()
             call()

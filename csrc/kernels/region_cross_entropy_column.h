@@ -105,7 +105,8 @@ class ColumnPlan {
       if (newest > begin_ && newest < end_ && !S::all(labels(newest) == labels(newest - 1))) changed = newest;
       share_[row + 1] = share_[row];
       const Kind kind = find_shares(row, changed);
-      if (num_pieces_ == 0 || kind != pieces_[num_pieces_ - 1].kind) pieces_[num_pieces_++] = {row, row, kind};
+      if (num_pieces_ == 0 || kind != pieces_[num_pieces_ - 1].kind)
+        pieces_[num_pieces_++] = {row, row, kind};
       pieces_[num_pieces_ - 1].end = row + 1;
     }
   }

@@ -87,8 +87,7 @@ class Roll {
     // Where there are registers for it.
     constexpr int kMost = kTake == Take::values && kVectorMasks && kRadius <= 3 ? 3 : 1;
     int64_t c = 0;
-    for (; c + kMost <= classes; c += kMost)
-      roll<kTake, kRadius, kMost>(plan, from, to, step, begin, end, c);
+    for (; c + kMost <= classes; c += kMost) roll<kTake, kRadius, kMost>(plan, from, to, step, begin, end, c);
     for (; c < classes; ++c) roll<kTake, kRadius, 1>(plan, from, to, step, begin, end, c);
   }
 
@@ -115,8 +114,7 @@ class Roll {
           const V more = share[k][i < kRadius ? kRadius - i : i - kRadius];
           return kTheseCentres ? S::add_masked(sum, more, takes[i]) : sum + more;
         };
-        const V newest =
-            kTheseCentres ? S::masked(takes[kCentres], share[k][kRadius]) : share[k][kRadius];
+        const V newest = kTheseCentres ? S::masked(takes[kCentres], share[k][kRadius]) : share[k][kRadius];
         const V done = kRadius == 0 ? newest : plus(sums[k][0], 0);
 #pragma GCC unroll 14
         for (int i = 1; i < kCentres; ++i) sums[k][i - 1] = plus(sums[k][i], i);
@@ -200,8 +198,7 @@ class Roll {
       };
       switch (piece->kind) {
         case Kind::none:
-          rows([&](const T*, T* done)
-                   __attribute__((always_inline)) { open.skip(done, out.class_stride); });
+          rows([&](const T*, T* done) __attribute__((always_inline)) { open.skip(done, out.class_stride); });
           break;
         case Kind::plain:
           rows([&](const T* at, T* done) __attribute__((always_inline)) {

@@ -13,8 +13,8 @@ SHAPE = (2, 21, 121, 203)
 
 
 def labels(kind: str) -> Tensor:
-    """(N, H, W): one label, ``patches`` of some 15 pixels, ``stripes`` of one pixel, or ``noise``; a tenth of
-    ``mixed`` is ignored."""
+    """(N, H, W): one label, ``patches`` of some 15 pixels, ``stripes`` of one pixel, ``grains`` of a few
+    labels on one, or ``noise``; a tenth of ``mixed`` is ignored."""
     batch, classes, height, width = SHAPE
     if kind == "one":
         return torch.full((batch, height, width), 3)
@@ -23,6 +23,8 @@ def labels(kind: str) -> Tensor:
         return noise
     if kind == "stripes":
         return (torch.arange(height)[:, None] % 7 + torch.arange(width) // 50).expand(batch, -1, -1).clone()
+    if kind == "grains":
+        return torch.where(torch.rand(noise.shape) < 0.2, noise % 6, 3).masked_fill_(noise == 20, -100)
     coarse = torch.randn(batch, classes, height // 15, width // 15)
     patches = F.interpolate(coarse, (height, width), mode="bilinear").argmax(1)
     if kind == "patches":
@@ -39,7 +41,7 @@ def value_and_gradient(function, input: Tensor, target: Tensor, **options) -> tu
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 15])
-@pytest.mark.parametrize("kind", ["one", "patches", "stripes", "noise", "mixed"])
+@pytest.mark.parametrize("kind", ["one", "patches", "stripes", "grains", "noise", "mixed"])
 def test_equals_the_reference(kind, kernel_size):
     torch.manual_seed(0)
     input, target = 2 * torch.randn(SHAPE), labels(kind)

@@ -1,0 +1,32 @@
+"""How cases are timed."""
+
+import time
+
+import pytest
+
+from dynplan.benchmarking import Timing, interleave
+
+
+def test_cases_take_turns():
+    order: list[str] = []
+    interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    assert order == ["a", "b"] * 3
+
+
+def test_settling_calls_come_before_every_measured_one_and_are_not_timed():
+    order: list[str] = []
+
+    def slow_once() -> None:
+        if order[-1:] != ["slow"]:
+            time.sleep(0.05)
+        order.append("slow")
+
+    cases = {"slow": slow_once, "other": lambda: order.append("other")}
+    timings = interleave(cases, rounds=3, warmup=0, settle=1)
+    assert order == ["slow", "slow", "other", "other"] * 3
+    assert timings["slow"].p80 < 0.05 and timings["slow"].rounds == 3
+
+
+def test_quantiles_of_a_timing():
+    timing = Timing.of([0.3, 0.1, 0.2])
+    assert timing.p50 == pytest.approx(0.2) and timing.p20 < timing.p50 < timing.p80
