@@ -270,7 +270,9 @@ class Band {
   Box box_{}, next_{};
   int64_t rows_ = 0, first_anchor_ = 0, last_anchor_ = 0, first_ = 0, last_ = 0;
   Columns<Int> labels_{};
-  Columns<T> staged_{};   // logits of a few classes, [x - kLag, x + kBlock + kLag)
+  // Of a few classes, what cannot be read or written in place: logits, [x - kLag, x + kBlock + kLag),
+  // gradients.
+  Columns<T> staged_{};
   Columns<T> anchors_{};  // merged vectors, then their gradients, [x - 2 kLag, x + kBlock)
   Columns<T> normalizers_{}, agreement_{};
   Scratch<Int> label_memory_;

@@ -111,27 +111,28 @@ class ColumnPlan {
     }
   }
 
+  // `changed`: the last of the row's centres that has another label than the one above it.
   Kind find_shares(int64_t row, int64_t changed) {
     const int64_t first = larger(row - radius_, begin_), last = smaller(row + radius_, end_ - 1);
     const Int* at = labels_ + row * row_stride_;
     const M label = S::fill_int(*at), own = labels(last);
     M same = S::load(at + radius_) == label;
     for (int x = -radius_; x < radius_; x += S::lanes) same &= S::load(at + x) == label;
-    const bool one = S::all(same);
+    const bool one = S::all(same), alike = changed <= first;
     if (one && *at < 0) return Kind::none;
-    if (changed > first && !one) {
-      if (!find_two_shares(row, first, last)) find_mixed_shares(row, first, last);
-      return Kind::both;
-    }
-    if (changed <= first && one && S::all(own == label)) return Kind::plain;
-    if (changed <= first) {
+    if (one && alike && S::all(own == label)) return Kind::plain;
+    if (alike) {
       add_pixels(row, own >= 0 ? own : S::fill_int(-2));
       ++share_[row + 1];
       return Kind::pixels;
     }
-    add_centres(row, label, first, last);
-    ++share_[row + 1];
-    return Kind::centres;
+    if (one) {
+      add_centres(row, label, first, last);
+      ++share_[row + 1];
+      return Kind::centres;
+    }
+    if (!find_two_shares(row, first, last)) find_mixed_shares(row, first, last);
+    return Kind::both;
   }
 
   // Where centres have no labels but the newest's and the oldest's, as most have.

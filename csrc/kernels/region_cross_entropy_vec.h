@@ -134,12 +134,6 @@ struct Simd {
   DYNPLAN_INLINE static Mask mask(M lanes) {
     return _mm256_movepi32_mask(std::bit_cast<__m256i>(lanes));
   }
-  DYNPLAN_INLINE static bool any(Mask m) {
-    return m != 0;
-  }
-  DYNPLAN_INLINE static bool full(Mask m) {
-    return m == 0xff;
-  }
   DYNPLAN_INLINE static V masked(Mask wanted, V v) {
     return std::bit_cast<V>(_mm256_maskz_mov_ps(wanted, std::bit_cast<__m256>(v)));
   }
@@ -158,12 +152,6 @@ struct Simd {
   DYNPLAN_INLINE static Mask mask(M lanes) {
     return lanes;
   }
-  DYNPLAN_INLINE static bool any(Mask m) {
-    return bits(m) != 0;
-  }
-  DYNPLAN_INLINE static bool full(Mask m) {
-    return all(m);
-  }
   DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
     return masked(wanted, load(p));
   }
@@ -171,10 +159,6 @@ struct Simd {
     return v + masked(wanted, more);
   }
 #endif
-
-  DYNPLAN_INLINE static Mask both(Mask a, Mask b) {
-    return static_cast<Mask>(a & b);
-  }
 
   // e^x for x <= 88, within 1 ulp for float; 0 where it is below the smallest normal number. NaN passes
   // through. Range reduction by a multiple of ln 2, then a minimax polynomial, its terms paired: this is
