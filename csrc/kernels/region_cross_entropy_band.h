@@ -45,9 +45,6 @@ class Band {
         r_(p_.radius[2]),
         grad_(grad),
         direct_(kGradient ? DirectRows<T>(params, grad) : DirectRows<T>()),
-        in_place_(p_.logit == (sizeof(T) == 8 ? RegionLogit::f64 : RegionLogit::f32)),
-        extent_(1 + (p_.batch - 1) * p_.input_stride[0] + (p_.classes - 1) * p_.input_stride[1] +
-                (p_.size[0] - 1) * p_.input_stride[2] + (p_.size[2] - 1) * p_.input_stride[4]),
         label_rows_(params),
         stage_(params, state, grad),
         roll_(params) {}
@@ -142,10 +139,10 @@ class Band {
     }
     for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
       const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
-      const Columns<const T> from = logits(c, classes, x);
+      for (int64_t k = 0; k < classes; ++k) load(c + k, x, staged_.data + k * staged_.class_stride);
       for (int64_t w = x; w < end; w += S::lanes)
-        roll_.sums(plan(w), {from.data + (w - x), from.class_stride, from.row_stride}, anchors(c, w - x),
-                   classes, first_, last_);
+        roll_.sums(plan(w), {staged_.data + kLag + (w - x), staged_.class_stride, staged_.row_stride},
+                   anchors(c, w - x), classes, first_, last_);
     }
     for (int64_t w = 0; w < kBlock; w += kPrefetched)
       if (goes_on(x))
@@ -162,22 +159,14 @@ class Band {
             anchors_.row_stride};
   }
 
-  // Logits of classes c on, from column x on: in place, or staged where windows of the block reach beyond the
-  // tensor. (Those that reach beyond a row find pixels that do not count, and rows beyond the image are not
-  // read.)
-  Columns<const T> logits(int64_t c, int64_t classes, int64_t x) const {
+  // Logits of class c that windows of the block hold.
+  void load(int64_t c, int64_t x, T* out) const {
     const int64_t first = larger(0, image_row(first_ - r_)),
                   last = smaller(p_.size[0], image_row(last_ + r_));
-    const int64_t* stride = p_.input_stride;
-    const int64_t at = n_ * stride[0] + c * stride[1] + x;
-    const int64_t end = at + (classes - 1) * stride[1] + (last - 1) * stride[2] + kBlock + r_;
-    if (in_place_ && at + first * stride[2] >= r_ && end <= extent_)
-      return {static_cast<const T*>(p_.input) + at + image_row(0) * stride[2], stride[1], stride[2]};
-    const int64_t before = larger(0, x - kLag), after = inside(x + kBlock + kLag);
-    T* to = staged_.data + (first - image_row(0)) * staged_.row_stride + before - (x - kLag);
-    for (int64_t k = 0; k < classes; ++k, to += staged_.class_stride)
-      load_class<kWidth>(p_, n_, c + k, first, last, before, after, to, staged_.row_stride);
-    return {staged_.data + kLag, staged_.class_stride, staged_.row_stride};
+    const int64_t begin = larger(0, x - kLag), end = inside(x + kBlock + kLag);
+    load_class<kWidth>(p_, n_, c, first, last, begin, end,
+                       out + (first - image_row(0)) * staged_.row_stride + begin - (x - kLag),
+                       staged_.row_stride);
   }
 
   // What is merged of a strip of rows of a vector, in place.
@@ -259,8 +248,6 @@ class Band {
   const int r_;
   const RegionCrossEntropyGrad& grad_;
   const DirectRows<T> direct_;
-  const bool in_place_;   // whether logits are of T,
-  const int64_t extent_;  // and how far they extend
   LabelRows<T> label_rows_;
   Stage stage_;
   const Roll<T> roll_;
@@ -270,8 +257,7 @@ class Band {
   Box box_{}, next_{};
   int64_t rows_ = 0, first_anchor_ = 0, last_anchor_ = 0, first_ = 0, last_ = 0;
   Columns<Int> labels_{};
-  // Of a few classes, what cannot be read or written in place: logits, [x - kLag, x + kBlock + kLag),
-  // gradients.
+  // Of a few classes: logits, [x - kLag, x + kBlock + kLag), or gradients that are not written in place.
   Columns<T> staged_{};
   Columns<T> anchors_{};  // merged vectors, then their gradients, [x - 2 kLag, x + kBlock)
   Columns<T> normalizers_{}, agreement_{};

@@ -24,7 +24,7 @@ class Roll {
   using Mask = typename Plan::Mask;
 
   // Classes that are summed at once. Where three share what is read of a plan no more than that, for what is
-  // read of a column of them nearly fills the first-level cache.
+  // staged of them nearly fits the first-level cache.
   static constexpr int64_t kClasses = kVectorMasks ? 3 : 9;
 
   explicit Roll(const RegionCrossEntropyParams& params)

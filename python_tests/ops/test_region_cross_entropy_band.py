@@ -1,5 +1,7 @@
 """Images that take several bands of rows and blocks of columns, with labels of every kind."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +110,17 @@ def test_agreement_counts_the_pixels_of_the_label():
     windows = padded.unfold(1, 5, 1).unfold(2, 5, 1)
     expected = (windows == target[..., None, None]).sum((-2, -1)) * (target >= 0)
     assert torch.equal(stats.agreement.long(), expected)
+
+
+@pytest.mark.parametrize("kernel_size", [5, 7])
+@pytest.mark.parametrize("sigma", [1.0, math.inf])
+def test_a_masked_class_weighs_nothing(kernel_size, sigma):
+    torch.manual_seed(0)
+    input, target = torch.randn(SHAPE), labels("patches").clamp_max(SHAPE[1] - 2)
+    input[:, -1] = -math.inf  # never a label
+    options = {"kernel_size": kernel_size, "sigma": sigma}
+    value, gradient = value_and_gradient(region_cross_entropy, input, target, **options)
+    without = value_and_gradient(region_cross_entropy, input[:, :-1], target, **options)
+    torch.testing.assert_close(value, without[0])
+    torch.testing.assert_close(gradient[:, :-1], without[1])
+    assert (gradient[:, -1] == 0).all()
