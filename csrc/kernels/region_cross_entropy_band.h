@@ -26,14 +26,14 @@ inline bool takes_bands(const RegionCrossEntropyParams& p) {
 template <class T, class Stage>
 class Band {
  public:
-  using S = Simd<T>;
-  using Wide = Simd<T, kWideBytes>;  // of tiles, which cost no more where labels differ
+  using S = typename ColumnPlan<T>::S;
   using Int = typename S::Int;
 
   // Bands whose anchors, and what is asked for ahead, leave room in the second-level cache for what is read
   // and written; with or without a gradient alike, so that a loss has the same bits.
   static Tiling tiling(const RegionCrossEntropyParams& p) {
-    constexpr int64_t kBytes = 512 * 1024;  // of a second-level cache of 1 MiB or more
+    // Of a second-level cache of 1 MiB or more.
+    constexpr int64_t kBytes = (kBlock > 32 ? 640 : 512) * 1024;
     const int64_t bytes = 2 * kWidth * p.classes * static_cast<int64_t>(sizeof(T));
     const int64_t rows = kBytes / larger(1, bytes) - 3 * p.radius[0];
     return Tiling(p.batch, p.size, p.size[2], larger(32, smaller(rows, Tiling::march(p))), 1);
@@ -45,9 +45,13 @@ class Band {
         r_(p_.radius[2]),
         grad_(grad),
         direct_(kGradient ? DirectRows<T>(params, grad) : DirectRows<T>()),
+        extent_(1 + (p_.batch - 1) * p_.input_stride[0] + (p_.classes - 1) * p_.input_stride[1] +
+                (p_.size[0] - 1) * p_.input_stride[2] + (p_.size[2] - 1) * p_.input_stride[4]),
         label_rows_(params),
         stage_(params, state, grad),
-        roll_(params) {}
+        roll_(params),
+        in_place_(roll_.keeps_infinity() &&
+                  p_.logit == (sizeof(T) == 8 ? RegionLogit::f64 : RegionLogit::f32)) {}
 
   // upcoming() tells which unit will probably be the next.
   template <class Upcoming>
@@ -78,7 +82,8 @@ class Band {
 
  private:
   static constexpr bool kGradient = Stage::kGradient;
-  static constexpr int64_t kBlock = 32, kLag = 8, kWidth = kBlock + 2 * kLag;
+  static constexpr int64_t kLag = larger(8, S::lanes), kBlock = larger(32, 3 * kLag),
+                           kWidth = kBlock + 2 * kLag;
   static constexpr int64_t kPlans = (kBlock + kLag) / S::lanes;
   static_assert(kLag >= kRegionMaxRadius && kLag % S::lanes == 0);
 
@@ -119,7 +124,7 @@ class Band {
   }
 
   void load_labels() {
-    labels_ = columns(label_memory_, 1, ceil_div(p_.size[2] + 2 * kLag + Wide::lanes, 16) * 16);
+    labels_ = columns(label_memory_, 1, ceil_div(p_.size[2] + 2 * kLag + S::lanes, 16) * 16);
     std::memset(labels_.data, 0xff, labels_.class_stride * sizeof(Int));  // -1 outside the image
     for (int64_t row = 0; row < rows_; ++row)
       if (const int64_t d = image_row(row); d >= 0 && d < p_.size[0])
@@ -129,7 +134,7 @@ class Band {
   // Anchors of columns [x, x + kBlock).
   void merge(int64_t x) {
     // Tiles are whole: their columns beyond the image are ignored pixels.
-    const int64_t end = x + ceil_div(inside(x + kBlock) - x, Wide::lanes) * Wide::lanes;
+    const int64_t end = x + ceil_div(inside(x + kBlock) - x, S::lanes) * S::lanes;
     for (int64_t w = x; w < end; w += S::lanes) {
       plan(w).make(labels(0, w), labels_.row_stride, first_anchor_, last_anchor_);
       const Columns<T> to{normalizers_.data + (w - x), 0, normalizers_.row_stride};
@@ -139,10 +144,17 @@ class Band {
     }
     for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
       const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
-      for (int64_t k = 0; k < classes; ++k) load(c + k, x, staged_.data + k * staged_.class_stride);
-      for (int64_t w = x; w < end; w += S::lanes)
-        roll_.sums(plan(w), {staged_.data + kLag + (w - x), staged_.class_stride, staged_.row_stride},
-                   anchors(c, w - x), classes, first_, last_);
+      const auto sums = [&](const Columns<const T>& from) {
+        T lowest = 0;
+        for (int64_t w = x; w < end; w += S::lanes) {
+          const T low = roll_.sums(plan(w), {from.data + (w - x), from.class_stride, from.row_stride},
+                                   anchors(c, w - x), classes, first_, last_);
+          lowest = low < lowest ? low : lowest;
+        }
+        return lowest;
+      };
+      const Columns<const T> there = logits(c, classes, x);
+      if (!there.data || sums(there) < kLowestLogit<T>) sums(staged_logits(c, classes, x));
     }
     for (int64_t w = 0; w < kBlock; w += kPrefetched)
       if (goes_on(x))
@@ -150,7 +162,7 @@ class Band {
       else
         prefetch_rows(next_n_, next_, w, first_ - r_, first_ + r_);
     for (int64_t row = first_; row < last_; row += kRegionStrip)
-      for (int64_t w = x; w < end; w += Wide::lanes) tile(row, w, x);
+      for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x);
   }
 
   // Anchors of class c on, from column `w` of the block on.
@@ -159,35 +171,49 @@ class Band {
             anchors_.row_stride};
   }
 
-  // Logits of class c that windows of the block hold.
-  void load(int64_t c, int64_t x, T* out) const {
-    const int64_t first = larger(0, image_row(first_ - r_)),
-                  last = smaller(p_.size[0], image_row(last_ + r_));
-    const int64_t begin = larger(0, x - kLag), end = inside(x + kBlock + kLag);
-    load_class<kWidth>(p_, n_, c, first, last, begin, end,
-                       out + (first - image_row(0)) * staged_.row_stride + begin - (x - kLag),
-                       staged_.row_stride);
+  // Rows of logits that windows of the band hold.
+  int64_t first_logits() const { return larger(0, image_row(first_ - r_)); }
+  int64_t last_logits() const { return smaller(p_.size[0], image_row(last_ + r_)); }
+
+  // Logits of classes c on, from column x on, where they are; null where windows of the block reach beyond
+  // the tensor. (Those that reach beyond a row find pixels that do not count, and rows beyond the image are
+  // not read.) What is lower than kLowestLogit shows in the sums of windows.
+  Columns<const T> logits(int64_t c, int64_t classes, int64_t x) const {
+    const int64_t* stride = p_.input_stride;
+    const int64_t at = n_ * stride[0] + c * stride[1] + x;
+    const int64_t end = at + (classes - 1) * stride[1] + (last_logits() - 1) * stride[2] + kBlock + r_;
+    if (!in_place_ || at + first_logits() * stride[2] < r_ || end > extent_) return {};
+    return {static_cast<const T*>(p_.input) + at + image_row(0) * stride[2], stride[1], stride[2]};
+  }
+
+  // The same, staged by read_logit.
+  Columns<const T> staged_logits(int64_t c, int64_t classes, int64_t x) const {
+    const int64_t first = first_logits(), begin = larger(0, x - kLag), end = inside(x + kBlock + kLag);
+    T* to = staged_.data + (first - image_row(0)) * staged_.row_stride + begin - (x - kLag);
+    for (int64_t k = 0; k < classes; ++k, to += staged_.class_stride)
+      load_class<kWidth>(p_, n_, c + k, first, last_logits(), begin, end, to, staged_.row_stride);
+    return {staged_.data + kLag, staged_.class_stride, staged_.row_stride};
   }
 
   // What is merged of a strip of rows of a vector, in place.
   DYNPLAN_INLINE void tile(int64_t row, int64_t w, int64_t x) {
     const int64_t count = smaller(kRegionStrip, last_ - row), column = w - x;
     const Columns<T> here = anchors(0, column);
-    MergedTile<Wide> merged(here.data + row * here.row_stride, here.class_stride, here.row_stride);
-    AnchorTile<Wide> tile;
+    MergedTile<S> merged(here.data + row * here.row_stride, here.class_stride, here.row_stride);
+    AnchorTile<S> tile;
     tile.count = count;
     tile.class_stride = here.class_stride;
     for (int64_t i = 0; i < count; ++i) {
-      merged.totals[i] = Wide::load(normalizers_.data + (row + i) * normalizers_.row_stride + column);
-      tile.own[i] = Wide::load(labels(row + i, w));
+      merged.totals[i] = S::load(normalizers_.data + (row + i) * normalizers_.row_stride + column);
+      tile.own[i] = S::load(labels(row + i, w));
       tile.scale[i] = merged.scale(i, tile.own[i]);
       tile.out[i] = merged.address(0, i);
       for (int k = 0; k < tile.kAhead; ++k)
-        tile.ahead[i][k] = ahead(row + i, column + k * Wide::lanes / tile.kAhead, x);
+        tile.ahead[i][k] = ahead(row + i, column + k * S::lanes / tile.kAhead, x);
       stage_.place(row - first_ + i, w, tile, i);
       if (stage_.counts())
-        Wide::store(stage_.agreement(row - first_ + i) + w,
-                    Wide::load(agreement_.data + (row + i) * agreement_.row_stride + column));
+        S::store(stage_.agreement(row - first_ + i) + w,
+                 S::load(agreement_.data + (row + i) * agreement_.row_stride + column));
     }
     stage_.tile(merged, tile);
   }
@@ -248,16 +274,19 @@ class Band {
   const int r_;
   const RegionCrossEntropyGrad& grad_;
   const DirectRows<T> direct_;
+  const int64_t extent_;  // of the logits
   LabelRows<T> label_rows_;
   Stage stage_;
   const Roll<T> roll_;
+  const bool in_place_;  // whether logits may be read where they are
   ColumnPlan<T> plans_[kPlans];
   int64_t planned_rows_ = 0;
   int64_t n_ = 0, next_n_ = -1, next_unit_ = -1;
   Box box_{}, next_{};
   int64_t rows_ = 0, first_anchor_ = 0, last_anchor_ = 0, first_ = 0, last_ = 0;
   Columns<Int> labels_{};
-  // Of a few classes: logits, [x - kLag, x + kBlock + kLag), or gradients that are not written in place.
+  // Of a few classes, what cannot be read or written in place: logits, [x - kLag, x + kBlock + kLag),
+  // gradients.
   Columns<T> staged_{};
   Columns<T> anchors_{};  // merged vectors, then their gradients, [x - 2 kLag, x + kBlock)
   Columns<T> normalizers_{}, agreement_{};

@@ -15,7 +15,7 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 template <class T>
 class ColumnPlan {
  public:
-  using S = Simd<T>;
+  using S = Simd<T, kWideBytes>;
   using V = typename S::V;
   using M = typename S::M;
   using Mask = typename S::Mask;

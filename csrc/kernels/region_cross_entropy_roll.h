@@ -24,7 +24,7 @@ class Roll {
   using Mask = typename Plan::Mask;
 
   // Classes that are summed at once. Where three share what is read of a plan no more than that, for what is
-  // staged of them nearly fits the first-level cache.
+  // read of a column of them nearly fills the first-level cache.
   static constexpr int64_t kClasses = kVectorMasks ? 3 : 9;
 
   explicit Roll(const RegionCrossEntropyParams& params)
@@ -38,22 +38,36 @@ class Roll {
     }
   }
 
-  // Sums of `classes` classes, at most kClasses, for centres in rows [begin, end).
-  void sums(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
-            int64_t begin, int64_t end) const {
-    add_rows<Take::values>(plan, from, to, classes, step_, begin, end);
-    add_taps<Take::values>(plan, from, to, classes, weight_, begin, end);
+  // Sums of `classes` classes, at most kClasses, for centres in rows [begin, end). Returns the lowest, or a
+  // partial one that is lower; NaN is left out.
+  T sums(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes, int64_t begin,
+         int64_t end) const {
+    V lowest{};
+    add_rows<Take::values>(plan, from, to, classes, step_, begin, end, lowest);
+    add_taps<Take::values>(plan, from, to, classes, weight_, begin, end, lowest);
+    T result = 0;
+    for (int lane = 0; lane < S::lanes; ++lane) result = lowest[lane] < result ? lowest[lane] : result;
+    return result;
+  }
+
+  // Whether -inf in a window always makes its sum -inf.
+  bool keeps_infinity() const {
+    bool all = true;
+    for (int e = 0; e <= radius_; ++e) all = all && step_[e] > 0;
+    return all;
   }
 
   // Their normalisers.
   void normalizers(const Plan& plan, const Columns<T>& to, int64_t begin, int64_t end) const {
-    add_rows<Take::ones>(plan, {}, to, 1, by_count_ ? one_step_ : step_, begin, end);
-    add_taps<Take::ones>(plan, {}, to, 1, by_count_ ? one_ : weight_, begin, end);
+    V lowest{};
+    add_rows<Take::ones>(plan, {}, to, 1, by_count_ ? one_step_ : step_, begin, end, lowest);
+    add_taps<Take::ones>(plan, {}, to, 1, by_count_ ? one_ : weight_, begin, end, lowest);
   }
   // The number of agreeing pixels.
   void agreement(const Plan& plan, const Columns<T>& to, int64_t begin, int64_t end) const {
-    add_rows<Take::ones>(plan, {}, to, 1, one_step_, begin, end);
-    add_taps<Take::ones>(plan, {}, to, 1, one_, begin, end);
+    V lowest{};
+    add_rows<Take::ones>(plan, {}, to, 1, one_step_, begin, end, lowest);
+    add_taps<Take::ones>(plan, {}, to, 1, one_, begin, end, lowest);
   }
 
  private:
@@ -61,34 +75,35 @@ class Roll {
 
   template <Take kTake>
   void add_rows(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
-                const T* step, int64_t begin, int64_t end) const {
+                const T* step, int64_t begin, int64_t end, V& lowest) const {
     switch (radius_) {  // 1 goes by taps
       case 0:
-        return add_rows<kTake, 0>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 0>(plan, from, to, classes, step, begin, end, lowest);
       case 2:
-        return add_rows<kTake, 2>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 2>(plan, from, to, classes, step, begin, end, lowest);
       case 3:
-        return add_rows<kTake, 3>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 3>(plan, from, to, classes, step, begin, end, lowest);
       case 4:
-        return add_rows<kTake, 4>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 4>(plan, from, to, classes, step, begin, end, lowest);
       case 5:
-        return add_rows<kTake, 5>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 5>(plan, from, to, classes, step, begin, end, lowest);
       case 6:
-        return add_rows<kTake, 6>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 6>(plan, from, to, classes, step, begin, end, lowest);
       case 7:
-        return add_rows<kTake, 7>(plan, from, to, classes, step, begin, end);
+        return add_rows<kTake, 7>(plan, from, to, classes, step, begin, end, lowest);
     }
   }
 
   template <Take kTake, int kRadius>
   void add_rows(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
-                const T* step, int64_t begin, int64_t end) const {
+                const T* step, int64_t begin, int64_t end, V& lowest) const {
     if (!plan.pieces()) return;
     // Where there are registers for it.
     constexpr int kMost = kTake == Take::values && kVectorMasks && kRadius <= 3 ? 3 : 1;
     int64_t c = 0;
-    for (; c + kMost <= classes; c += kMost) roll<kTake, kRadius, kMost>(plan, from, to, step, begin, end, c);
-    for (; c < classes; ++c) roll<kTake, kRadius, 1>(plan, from, to, step, begin, end, c);
+    for (; c + kMost <= classes; c += kMost)
+      roll<kTake, kRadius, kMost>(plan, from, to, step, begin, end, c, lowest);
+    for (; c < classes; ++c) roll<kTake, kRadius, 1>(plan, from, to, step, begin, end, c, lowest);
   }
 
   // Sums of kClasses classes whose windows hold the row of pixels that is next: of the centres from radius
@@ -97,6 +112,7 @@ class Roll {
   struct Open {
     static constexpr int kCentres = 2 * kRadius;
     V sums[kClasses][kCentres + 1];
+    V lowest;  // of complete ones
 
     // Adds the first share of a row that begins at `at`; the oldest centre is complete and goes to `to`. Of
     // all pixels or centres where their masks are null.
@@ -119,7 +135,7 @@ class Roll {
 #pragma GCC unroll 14
         for (int i = 1; i < kCentres; ++i) sums[k][i - 1] = plus(sums[k][i], i);
         if constexpr (kRadius > 0) sums[k][kCentres - 1] = newest;
-        S::store(to + k * to_class_stride, done);
+        complete(done, to + k * to_class_stride);
       }
     }
 
@@ -142,9 +158,14 @@ class Roll {
     // A row that adds nothing.
     DYNPLAN_INLINE void skip(T* to, int64_t to_class_stride) {
       for (int k = 0; k < kClasses; ++k) {
-        S::store(to + k * to_class_stride, sums[k][0]);
+        complete(sums[k][0], to + k * to_class_stride);
         for (int i = 1; i <= kCentres; ++i) sums[k][i - 1] = i < kCentres ? sums[k][i] : V{};
       }
+    }
+
+    DYNPLAN_INLINE void complete(V done, T* to) {
+      lowest = S::min(done, lowest);
+      S::store(to, done);
     }
 
     template <Take kTake, bool kPixels>
@@ -178,7 +199,7 @@ class Roll {
 
   template <Take kTake, int kRadius, int kClasses>
   void roll(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, const T* step,
-            int64_t begin, int64_t end, int64_t c) const {
+            int64_t begin, int64_t end, int64_t c, V& lowest) const {
     using Kind = typename Plan::Kind;
     V steps[kRadius + 1];
     for (int e = 0; e <= kRadius; ++e) steps[e] = S::fill(step[e]);
@@ -186,6 +207,7 @@ class Roll {
     T* wanted = to.data + c * to.class_stride - kRadius * to.row_stride;
     V unwanted[kClasses];  // sums of centres above the first
     Open<kRadius, kClasses> open{};
+    open.lowest = lowest;
     const auto* piece = plan.pieces();
     for (int64_t row = begin - kRadius; row < end + kRadius;) {
       while (piece->end <= row) ++piece;
@@ -229,25 +251,26 @@ class Roll {
           break;
       }
     }
+    lowest = open.lowest;
   }
 
   template <Take kTake>
   void add_taps(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes,
-                const T* weight, int64_t begin, int64_t end) const {
+                const T* weight, int64_t begin, int64_t end, V& lowest) const {
     for (int i = 0; i < plan.num_tap_rows(); ++i) {
       const auto& row = plan.tap_row(i);
       if (row.row < begin || row.row >= end) continue;
       int64_t c = 0;
       for (; c + kClasses <= classes; c += kClasses)
-        add_taps<kTake, kClasses>(plan, row, from, to, weight, c);
-      for (; c + 3 <= classes; c += 3) add_taps<kTake, 3>(plan, row, from, to, weight, c);
-      for (; c < classes; ++c) add_taps<kTake, 1>(plan, row, from, to, weight, c);
+        add_taps<kTake, kClasses>(plan, row, from, to, weight, c, lowest);
+      for (; c + 3 <= classes; c += 3) add_taps<kTake, 3>(plan, row, from, to, weight, c, lowest);
+      for (; c < classes; ++c) add_taps<kTake, 1>(plan, row, from, to, weight, c, lowest);
     }
   }
 
   template <Take kTake, int64_t kMany>
   void add_taps(const Plan& plan, const typename Plan::TapRow& row, const Columns<const T>& from,
-                const Columns<T>& to, const T* weight, int64_t c) const {
+                const Columns<T>& to, const T* weight, int64_t c, V& lowest) const {
     V sums[kMany]{};
     for (int64_t t = row.begin; t < row.end; ++t) {
       const auto& tap = plan.tap(t);
@@ -261,8 +284,10 @@ class Roll {
           sums[k] += w * S::load_masked(at + k * from.class_stride, tap.agree);
     }
 #pragma GCC unroll 9
-    for (int k = 0; k < kMany; ++k)
+    for (int k = 0; k < kMany; ++k) {
+      lowest = S::min(sums[k], lowest);
       S::store(to.data + row.row * to.row_stride + (c + k) * to.class_stride, sums[k]);
+    }
   }
 
   const int radius_;

@@ -21,8 +21,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #define DYNPLAN_ISA avx512
-// 32, not 64, but where vectors are aligned and may hold several labels: at odd offsets those of 64 bytes
-// always straddle two cache lines, and windows round more of them hold several labels.
+// 32, but for images of stride 1: at odd offsets vectors of 64 bytes always straddle two cache lines, and the
+// windows round more of them hold several labels, which only sums by taps and by bands do not mind.
 #define DYNPLAN_VECTOR_BYTES 32
 #define DYNPLAN_VECTOR_MASKS 1
 #include "kernels/region_cross_entropy_entry.h"
