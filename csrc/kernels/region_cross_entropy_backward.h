@@ -27,10 +27,15 @@ struct DirectRows {
   T* at(int64_t n, int64_t d, int64_t h, int64_t w) const {
     return base + n * stride[0] + d * stride[1] + h * stride[2] + w * stride[3];
   }
-  // Pixel (d, h, w) of the box, which will be written soon.
-  DYNPLAN_INLINE Prefetch ahead(const Box& box, int64_t n, int64_t d, int64_t h, int64_t w) const {
-    if (!base || !box.holds(d, h) || w < 0) return {};
-    return {at(n, d, h, w), class_stride * static_cast<int64_t>(sizeof(T))};
+  // What will be written of rows [first, last), columns [begin, end) of plane h of the box.
+  PrefetchRows ahead(const RegionCrossEntropyParams& p, const Box& box, int64_t n, int64_t first,
+                     int64_t last, int64_t h, int64_t begin, int64_t end) const {
+    first = larger(box.begin[0], first), last = smaller(box.end[0], last);
+    begin = larger(box.begin[2], begin), end = smaller(box.end[2], end);
+    if (!base || h < box.begin[1] || h >= box.end[1]) return {};
+    constexpr int64_t kBytes = sizeof(T);
+    return {at(n, first, h, begin), kBytes * (end - begin), last - first, kBytes * stride[1], p.classes,
+            kBytes * class_stride};
   }
 };
 
@@ -202,10 +207,13 @@ class RegionGradient {
       own[i] = planes_.labels.at(d + i, h, begin);
       out[i] = anchors_.at(d + i, h, begin);
     }
+    const int64_t next = d + count + p_.radius[0], end = begin + width;
+    PrefetchAhead ahead{PrefetchRows::logits(p_, n, next, next + strip_, h, begin, end + p_.radius[2]),
+                        direct.ahead(p_, box, n, next - strip_, next, h, begin, end)};
     for (int64_t x = 0; x < width; x += S::lanes) {
       const int64_t column = margin - before + x;
       merged_.pool(merge_, column);
-      AnchorTile<S> tile;
+      AnchorTile<S> tile(ahead);
       tile.count = count;
       tile.class_stride = anchors_.class_stride;
       for (int64_t i = 0; i < count; ++i) {
@@ -214,14 +222,10 @@ class RegionGradient {
         stage_.place(i, column, tile, i);
         tile.out[i] = out[i] + x;
         if (Windows::kShares) tile.share[i] = shares_.at(d + i, h, begin) + x;
-        // By turns where a tile is half a cache line wide.
-        const Prefetch gradient = direct.ahead(box, n, d + i - p_.radius[0], h, begin + x);
-        const Prefetch logits = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, begin + x);
-        tile.ahead[i][0] = tile.kAhead == 2 || x / S::lanes % 2 ? gradient : logits;
-        tile.ahead[i][tile.kAhead - 1] = tile.kAhead == 2 ? logits : tile.ahead[i][0];
       }
       stage_.tile(merged_, tile);
     }
+    ahead.rest();
     for (int64_t i = 0; i < count; ++i) {
       stage_.end(i, n, d + i, h, box, margin);
       stage_.add(n, d + i, h, box, own[i] + before, total_);

@@ -60,8 +60,7 @@ class Band {
     n_ = tiling.box(unit, box_);
     next_unit_ = -1;
     reset();
-    for (int64_t x = 0; !asked_for && x < kBlock + kLag; x += kPrefetched)
-      prefetch_rows(n_, box_, x, first_ - r_, last_ + r_);
+    if (!asked_for) logits_ahead(n_, box_, 0).rest();
     PowerSum total;
     for (int64_t x = 0; x - (kGradient ? kLag : 0) < p_.size[2]; x += kBlock) {
       if (next_unit_ < 0 && !goes_on(x)) {
@@ -156,13 +155,14 @@ class Band {
       const Columns<const T> there = logits(c, classes, x);
       if (!there.data || sums(there) < kLowestLogit<T>) sums(staged_logits(c, classes, x));
     }
-    for (int64_t w = 0; w < kBlock; w += kPrefetched)
-      if (goes_on(x))
-        prefetch_rows(n_, box_, x + kBlock + kLag + w, first_ - r_, first_ + r_);
-      else
-        prefetch_rows(next_n_, next_, w, first_ - r_, first_ + r_);
+    // The logits that the next block, or the next unit's first, adds to those of this one, and the gradient
+    // that will be gathered.
+    PrefetchAhead ahead{
+        goes_on(x) ? logits_ahead(n_, box_, x + kBlock + kLag) : logits_ahead(next_n_, next_, 0),
+        direct_.ahead(p_, box_, n_, box_.begin[0], box_.end[0], 0, x - kLag, x - kLag + kBlock)};
     for (int64_t row = first_; row < last_; row += kRegionStrip)
-      for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x);
+      for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x, ahead);
+    ahead.rest();
   }
 
   // Anchors of class c on, from column `w` of the block on.
@@ -196,11 +196,11 @@ class Band {
   }
 
   // What is merged of a strip of rows of a vector, in place.
-  DYNPLAN_INLINE void tile(int64_t row, int64_t w, int64_t x) {
+  DYNPLAN_INLINE void tile(int64_t row, int64_t w, int64_t x, PrefetchAhead& ahead) {
     const int64_t count = smaller(kRegionStrip, last_ - row), column = w - x;
     const Columns<T> here = anchors(0, column);
     MergedTile<S> merged(here.data + row * here.row_stride, here.class_stride, here.row_stride);
-    AnchorTile<S> tile;
+    AnchorTile<S> tile(ahead);
     tile.count = count;
     tile.class_stride = here.class_stride;
     for (int64_t i = 0; i < count; ++i) {
@@ -208,8 +208,6 @@ class Band {
       tile.own[i] = S::load(labels(row + i, w));
       tile.scale[i] = merged.scale(i, tile.own[i]);
       tile.out[i] = merged.address(0, i);
-      for (int k = 0; k < tile.kAhead; ++k)
-        tile.ahead[i][k] = ahead(row + i, column + k * S::lanes / tile.kAhead, x);
       stage_.place(row - first_ + i, w, tile, i);
       if (stage_.counts())
         S::store(stage_.agreement(row - first_ + i) + w,
@@ -247,27 +245,10 @@ class Band {
     }
   }
 
-  // The first half of a block's vectors ask for the logits that the next block, or the next unit's first,
-  // adds to those of this one; the others for the gradient that will be gathered. Each asks for the cache
-  // line in which some columns end.
-  static constexpr int64_t kPrefetched = 16;
-
-  DYNPLAN_INLINE Prefetch ahead(int64_t row, int64_t column, int64_t x) const {
-    const int64_t w = column % (kBlock / 2) * 2;
-    if (column >= kBlock / 2)
-      return direct_.ahead(box_, n_, image_row(row), 0, inside(x - kLag + w + kPrefetched) - 1);
-    if (goes_on(x)) return logits_ahead(n_, box_, row + r_, x + kBlock + kLag + w);
-    return logits_ahead(next_n_, next_, row + r_, w);
-  }
-  DYNPLAN_INLINE Prefetch logits_ahead(int64_t n, const Box& box, int64_t row, int64_t w) const {
-    if (n < 0) return {};
-    return Prefetch::logits(p_, n, box.begin[0] - 2 * r_ + row, 0, inside(w + kPrefetched) - 1);
-  }
-  void prefetch_rows(int64_t n, const Box& box, int64_t w, int64_t begin, int64_t end) const {
-    for (int64_t row = begin; row < end; ++row) {
-      const auto line = logits_ahead(n, box, row, w);
-      for (int64_t c = 0; c < p_.classes; ++c) line(c);
-    }
+  // The logits of a band that a block adds whose first are those of column `begin`.
+  PrefetchRows logits_ahead(int64_t n, const Box& box, int64_t begin) const {
+    const int64_t width = begin == 0 ? kBlock + kLag : kBlock;
+    return PrefetchRows::logits(p_, n, box.begin[0] - 2 * r_, box.end[0] + 2 * r_, 0, begin, begin + width);
   }
 
   const RegionCrossEntropyParams& p_;

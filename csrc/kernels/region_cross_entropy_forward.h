@@ -84,8 +84,6 @@ struct MergedTile {
 template <class S>
 struct AnchorTile {
   using T = typename S::T;
-  static constexpr int kAhead = sizeof(typename S::V) > 32 ? 2 : 1;  // lines to ask for, a class and a row
-
   int64_t count;  // rows of the strip
   typename S::M own[kRegionStrip];
   typename S::V scale[kRegionStrip];  // 1 / Z
@@ -94,10 +92,12 @@ struct AnchorTile {
   T* out[kRegionStrip];
   int64_t class_stride;
   T* share[kRegionStrip] = {};  // what gradients have yet to be multiplied by, unless null
-  Prefetch ahead[kRegionStrip][kAhead];
+  PrefetchAhead& ahead;         // what will be used later
+
+  explicit AnchorTile(PrefetchAhead& later) : ahead(later) {}
 
   DYNPLAN_INLINE void ask(int64_t i, int64_t c) const {
-    for (const Prefetch& line : ahead[i]) line(c);
+    ahead.template next<(sizeof(typename S::V) > 32)>(i + c);
   }
 };
 
@@ -334,19 +334,23 @@ class RegionForward {
     pool_.aim(d, h, count, /*anchors=*/false);
     const Int* own[kRegionStrip];
     for (int64_t i = 0; i < count; ++i) own[i] = planes_.labels.at(d + i, h, box.begin[2]);
+    const int64_t next = d + count + p_.radius[0];
+    PrefetchAhead ahead{PrefetchRows::logits(p_, n, next, next + strip_, h, box.begin[2] - p_.radius[2],
+                                             box.end[2] + p_.radius[2]),
+                        {}};
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
       merged_.pool(pool_, margin + x);
-      AnchorTile<S> tile;
+      AnchorTile<S> tile(ahead);
       tile.count = count;
       for (int64_t i = 0; i < count; ++i) {
         if (stage_.counts()) S::store(stage_.agreement(i) + x, pool_.agreement(i, margin + x));
         tile.own[i] = S::load(own[i] + x);
         tile.scale[i] = merged_.scale(i, tile.own[i]);
         stage_.place(i, x, tile, i);
-        tile.ahead[i][0] = Prefetch::logits(p_, n, d + p_.radius[0] + strip_ + i, h, box.begin[2] + x);
       }
       stage_.tile(merged_, tile);
     }
+    ahead.rest();
     for (int64_t i = 0; i < count; ++i) {
       stage_.end(i, n, d + i, h, box, 0);
       stage_.add(n, d + i, h, box, own[i], total);

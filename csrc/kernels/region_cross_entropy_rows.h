@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/region_cross_entropy.h"
-#include "kernels/region_cross_entropy_vec.h"
+#include "kernels/region_cross_entropy_window.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
@@ -206,30 +206,89 @@ void load_class(const RegionCrossEntropyParams& p, int64_t n, int64_t c, int64_t
   });
 }
 
-// Asks for memory that will be used later, a cache line of one class at a time: between the arithmetic, so
-// that memory works meanwhile. Hardware does not follow as many streams as there are classes.
-class Prefetch {
+// Asks for the cache lines of some rows of every class, which will be used later, one at a time: between the
+// arithmetic, so that memory works meanwhile. Class by class: hardware follows a class along its rows, where
+// they are dense, but not as many streams as there are classes.
+class PrefetchRows {
  public:
-  Prefetch() = default;  // nothing to be had: a line that is there anyway
-  DYNPLAN_INLINE Prefetch(const void* at, int64_t class_bytes)
-      : at_(static_cast<const char*>(at)), class_bytes_(class_bytes) {}
+  PrefetchRows() = default;  // none
+  // `rows` rows of `bytes` bytes, `row_bytes` apart: of each 64 bytes the line that they end in.
+  PrefetchRows(const void* at, int64_t bytes, int64_t rows, int64_t row_bytes, int64_t classes,
+               int64_t class_bytes) {
+    if (bytes <= 0 || rows <= 0) return;
+    if (bytes == row_bytes) bytes *= rows, rows = 1;
+    at_ = class_ = row_ = static_cast<const char*>(at) + smaller(64, bytes) - 1;
+    step_ = 64;
+    lines_left_ = lines_ = ceil_div(bytes, 64);
+    rows_left_ = rows_ = rows;
+    row_bytes_ = row_bytes;
+    classes_left_ = classes;
+    class_bytes_ = class_bytes;
+  }
 
-  // What load_logits will read of pixel (n, d, h, w).
-  DYNPLAN_INLINE static Prefetch logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_t h,
-                                        int64_t w) {
-    const bool inside = d >= 0 && d < p.size[0] && w >= 0 && w < p.size[2];
-    if (p.input_stride[4] != 1 || p.low[0] > 0 || !inside) return {};
+  // What will be read of the logits of rows [first, last), columns [begin, end) of plane h.
+  static PrefetchRows logits(const RegionCrossEntropyParams& p, int64_t n, int64_t first, int64_t last,
+                             int64_t h, int64_t begin, int64_t end) {
+    first = larger(0, first), last = smaller(p.size[0], last);
+    begin = larger(0, begin), end = smaller(p.size[2], end);
+    const int64_t* stride = p.input_stride;
+    if (stride[4] != 1 || p.low[0] > 0 || n < 0 || h < 0 || h >= p.size[1]) return {};
     const int64_t bytes = p.logit == RegionLogit::f64 ? 8 : p.logit == RegionLogit::f32 ? 4 : 2;
-    const int64_t pixel = n * p.input_stride[0] + d * p.input_stride[2] + h * p.input_stride[3] + w;
-    return {static_cast<const char*>(p.input) + bytes * pixel, bytes * p.input_stride[1]};
+    const int64_t pixel = n * stride[0] + first * stride[2] + h * stride[3] + begin;
+    return {static_cast<const char*>(p.input) + bytes * pixel,
+            bytes * (end - begin),
+            last - first,
+            bytes * stride[2],
+            p.classes,
+            bytes * stride[1]};
   }
 
   // (Always inline: a function that only prefetches counts as free of effects, and calls to it are dropped.)
-  DYNPLAN_INLINE void operator()(int64_t c) const { __builtin_prefetch(at_ + c * class_bytes_, 0, 2); }
+  DYNPLAN_INLINE void next() {
+    __builtin_prefetch(at_, 0, 2);
+    at_ += step_;
+    if (--lines_left_ == 0) turn();
+  }
+  // All that are left.
+  void rest() {
+    while (classes_left_ > 0) next();
+  }
 
  private:
-  const char* at_ = reinterpret_cast<const char*>(this);
-  int64_t class_bytes_ = 0;
+  void turn() {
+    if (--rows_left_ > 0) {
+      row_ += row_bytes_;
+    } else if (--classes_left_ > 0) {
+      row_ = class_ += class_bytes_;
+      rows_left_ = rows_;
+    } else {
+      *this = {};
+      return;
+    }
+    at_ = row_;
+    lines_left_ = lines_;
+  }
+
+  // Where nothing is left, a line that is there anyway.
+  const char *at_ = reinterpret_cast<const char*>(this), *row_ = nullptr, *class_ = nullptr;
+  int64_t step_ = 0, lines_left_ = -1, lines_ = 0, rows_left_ = 0, rows_ = 0, row_bytes_ = 0,
+          classes_left_ = 0, class_bytes_ = 0;
+};
+
+// What a strip of tiles asks for.
+struct PrefetchAhead {
+  PrefetchRows logits, gradient;
+
+  // For the i-th of a tile's vectors, one or two lines each.
+  template <bool kBoth>
+  DYNPLAN_INLINE void next(int64_t i) {
+    if (kBoth || i % 2 == 0) logits.next();
+    if (kBoth || i % 2 != 0) gradient.next();
+  }
+  void rest() {
+    logits.rest();
+    gradient.rest();
+  }
 };
 
 // The reverse of load_logits, for the gradient, which has its own strides.
