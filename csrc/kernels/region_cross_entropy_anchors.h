@@ -90,7 +90,7 @@ struct AnchorRow {
 template <class T, class Int>
 void add_row(PowerSum& total, const T* losses, int64_t count, const Int* labels, int64_t step,
              const ClassWeights<T>& weights) {
-  using S = Simd<T>;
+  using S = Simd<T, kWideBytes>;
   PowerSum row;
   typename S::V top{};
   const int64_t whole = count / S::lanes * S::lanes;

@@ -134,9 +134,8 @@ class BackwardAnchors {
     }
   }
 
-  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t) {}
   template <class Int>
-  void add(int64_t, int64_t, int64_t, const Box&, const Int*, PowerSum&) const {}
+  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t, const Int*, PowerSum&) {}
 
  private:
   const RegionCrossEntropyParams& p_;
@@ -226,10 +225,7 @@ class RegionGradient {
       stage_.tile(merged_, tile);
     }
     ahead.rest();
-    for (int64_t i = 0; i < count; ++i) {
-      stage_.end(i, n, d + i, h, box, margin);
-      stage_.add(n, d + i, h, box, own[i] + before, total_);
-    }
+    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, margin, own[i] + before, total_);
   }
 
   // Rows go to `direct` where it can take them, else to row_. The last tile of a row in place starts where it

@@ -70,10 +70,8 @@ class Band {
       if (x < p_.size[2]) merge(x);
       if constexpr (kGradient) gather(x);
     }
-    for (int64_t row = first_; row < last_; ++row) {
-      stage_.end(row - first_, n_, image_row(row), 0, box_, 0);
-      stage_.add(n_, image_row(row), 0, box_, labels(row, 0), total);
-    }
+    for (int64_t row = first_; row < last_; ++row)
+      stage_.end(row - first_, n_, image_row(row), 0, box_, 0, labels(row, 0), total);
     return total;
   }
 

@@ -172,21 +172,19 @@ class LossRows {
   T* agreement(int64_t i) { return lse(i) + rows_.class_stride; }
 
   // Writes the anchors of row (d, h) of the box, which is the i-th row and has `margin` columns before the
-  // box; State's `lse` too where `with_lse`.
-  void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, bool with_lse) {
+  // box, and adds them to `total`; writes State's `lse` too where `with_lse`. `labels` begin with the box.
+  template <class Int>
+  void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, bool with_lse,
+             const Int* labels, PowerSum& total) {
     const AnchorRow anchors(p_, n, d, h, box.begin[2], box.end[2]);
-    const int64_t column = margin + anchors.first - box.begin[2];
-    copy(losses(i) + column, anchors, static_cast<T*>(state_.losses) + anchors.index);
+    const int64_t from = anchors.first - box.begin[2], column = margin + from;
+    T* const written = static_cast<T*>(state_.losses) + anchors.index;
+    copy(losses(i) + column, anchors, written);
     if (with_lse) copy(lse(i) + column, anchors, static_cast<T*>(state_.lse) + anchors.index);
     if (counts()) copy(agreement(i) + column, anchors, state_.agreement + anchors.index);
-  }
-
-  // Adds what was written of row (d, h) of the box. `labels` begin with the box.
-  template <class Int>
-  void add(int64_t n, int64_t d, int64_t h, const Box& box, const Int* labels, PowerSum& total) const {
-    const AnchorRow anchors(p_, n, d, h, box.begin[2], box.end[2]);
-    add_row(total, static_cast<const T*>(state_.losses) + anchors.index, anchors.count,
-            labels + anchors.first - box.begin[2], anchors.step, weights_);
+    // Loads would wait for what was just written.
+    const T* const dense = anchors.step == 1 ? losses(i) + column : written;
+    add_row(total, dense, anchors.count, labels + from, anchors.step, weights_);
   }
 
  private:
@@ -226,13 +224,12 @@ class LossAnchors {
   bool counts() const { return out_.counts(); }
   T* agreement(int64_t i) { return out_.agreement(i); }
 
-  // Windows reach over the edges of a box: anchors there are written by the box they are in.
-  void end(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin) {
-    if (box.holds(d, h)) out_.write(i, n, d, h, box, margin, /*with_lse=*/true);
-  }
+  // Row (d, h) is done. Windows reach over the edges of a box: anchors there are written, and added to
+  // `total`, by the box they are in. `labels` begin with the box.
   template <class Int>
-  void add(int64_t n, int64_t d, int64_t h, const Box& box, const Int* labels, PowerSum& total) const {
-    if (box.holds(d, h)) out_.add(n, d, h, box, labels, total);
+  void end(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels,
+           PowerSum& total) {
+    if (box.holds(d, h)) out_.write(i, n, d, h, box, margin, /*with_lse=*/true, labels, total);
   }
 
  protected:
@@ -351,10 +348,7 @@ class RegionForward {
       stage_.tile(merged_, tile);
     }
     ahead.rest();
-    for (int64_t i = 0; i < count; ++i) {
-      stage_.end(i, n, d + i, h, box, 0);
-      stage_.add(n, d + i, h, box, own[i], total);
-    }
+    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, 0, own[i], total);
   }
 
   const RegionCrossEntropyParams& p_;

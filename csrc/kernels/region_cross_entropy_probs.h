@@ -148,8 +148,7 @@ class RegionProbsForward {
       }
     }
     for (int64_t i = 0; i < count; ++i) {
-      out_.write(i, n, d + i, h, box, 0, /*with_lse=*/false);
-      out_.add(n, d + i, h, box, labels.at(d + i, h, box.begin[2]), total);
+      out_.write(i, n, d + i, h, box, 0, /*with_lse=*/false, labels.at(d + i, h, box.begin[2]), total);
     }
   }
 

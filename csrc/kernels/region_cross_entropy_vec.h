@@ -191,7 +191,9 @@ struct Simd {
       constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
       const V shifted = x * 1.44269504f + kRound;
       const V n = shifted - kRound;
-      const V r = x - n * 0.693147182f, r2 = r * r;
+      // Without fused multiply-adds the multiple is taken off in two parts, the first without rounding.
+      constexpr bool kFused = DYNPLAN_VECTOR_BYTES > 16;
+      const V r = kFused ? x - n * 0.693147182f : x - n * 0.693359375f + n * 2.12194440e-4f, r2 = r * r;
       const V low = r * 0.16666521f + 0.49999994f,
               high = r2 * 1.3814594e-3f + (r * 8.368719e-3f + 4.166839e-2f);
       const V y = (high * r2 + low) * r2 + (r + 1.f);
