@@ -23,9 +23,9 @@ class Roll {
   using V = typename Plan::V;
   using Mask = typename Plan::Mask;
 
-  // Classes that are summed at once. Where three share what is read of a plan no more than that, for what is
-  // read of a column of them nearly fills the first-level cache.
-  static constexpr int64_t kClasses = kVectorMasks ? 3 : 9;
+  // Classes that are summed at once: more would share what is read of a plan, but what is read and written of
+  // a column of them has to stay in the first-level cache for the next.
+  static constexpr int64_t kClasses = 3;
 
   explicit Roll(const RegionCrossEntropyParams& params)
       : radius_(params.radius[2]), by_count_(params.normalize == RegionNormalize::count) {
@@ -263,7 +263,6 @@ class Roll {
       int64_t c = 0;
       for (; c + kClasses <= classes; c += kClasses)
         add_taps<kTake, kClasses>(plan, row, from, to, weight, c, lowest);
-      for (; c + 3 <= classes; c += 3) add_taps<kTake, 3>(plan, row, from, to, weight, c, lowest);
       for (; c < classes; ++c) add_taps<kTake, 1>(plan, row, from, to, weight, c, lowest);
     }
   }
@@ -276,14 +275,14 @@ class Roll {
       const auto& tap = plan.tap(t);
       const V w = S::fill(weight[tap.distance]);
       const T* at = from.data + (row.row + tap.y) * from.row_stride + tap.x + c * from.class_stride;
-#pragma GCC unroll 9
+#pragma GCC unroll 3
       for (int k = 0; k < kMany; ++k)
         if constexpr (kTake == Take::ones)
           sums[k] += S::masked(tap.agree, w);
         else
           sums[k] += w * S::load_masked(at + k * from.class_stride, tap.agree);
     }
-#pragma GCC unroll 9
+#pragma GCC unroll 3
     for (int k = 0; k < kMany; ++k) {
       lowest = S::min(sums[k], lowest);
       S::store(to.data + row.row * to.row_stride + (c + k) * to.class_stride, sums[k]);

@@ -204,7 +204,9 @@ class Taps {
   DYNPLAN_INLINE void sums(const V* weight, int64_t first, int64_t column, int64_t c,
                            const TileOutput<T>& out) const {
     constexpr int kAcross = 2 * kRadius + 1;
-    V sum[kMany][kHeight]{};
+    // Additions wait for one another where no other row's or class's are under way.
+    constexpr int kParts = kRows<kRadius> * kClasses<kRadius> == 1 ? 2 : 1;
+    V sum[kMany][kHeight][kParts]{};
 #pragma GCC unroll 8
     for (int j = 0; j < kHeight + 2 * kRadius; ++j) {
       V value[kMany][kAcross];
@@ -221,13 +223,16 @@ class Taps {
           // GCC would load it once a class.
           if constexpr (kMany > 1) asm("" : "+v"(w));
 #pragma GCC unroll 3
-          for (int k = 0; k < kMany; ++k) sum[k][i] += w * value[k][x];
+          for (int k = 0; k < kMany; ++k) sum[k][i][(j - i) % kParts] += w * value[k][x];
         }
     }
 #pragma GCC unroll 3
     for (int k = 0; k < kMany; ++k)
 #pragma GCC unroll 4
-      for (int i = 0; i < kHeight; ++i) S::store(out.row[first + i] + (c + k) * out.class_stride, sum[k][i]);
+      for (int i = 0; i < kHeight; ++i) {
+        if constexpr (kParts == 2) sum[k][i][0] += sum[k][i][1];
+        S::store(out.row[first + i] + (c + k) * out.class_stride, sum[k][i][0]);
+      }
   }
 
   static constexpr int kAcrossMost = 2 * kMostTapped + 1, kRowsMost = kRegionStrip + 2 * kMostTapped;
