@@ -108,7 +108,7 @@ class Band {
     last_anchor_ = smaller(rows_ - r_, 2 * r_ + p_.size[0] - box_.begin[0]);
     first_ = kGradient ? first_anchor_ : 2 * r_;
     last_ = kGradient ? last_anchor_ : rows_ - 2 * r_;
-    staged_ = columns(staged_memory_, Roll<T>::kClasses, kWidth);
+    staged_ = columns(staged_memory_, Roll<T>::kMostClasses, kWidth);
     anchors_ = columns(anchor_memory_, p_.classes, kWidth);
     normalizers_ = columns(normalizer_memory_, 1, kBlock);
     agreement_ = columns(agreement_memory_, stage_.counts(), kBlock);
@@ -139,8 +139,9 @@ class Band {
       if (stage_.counts())
         roll_.agreement(plan(w), {agreement_.data + (w - x), 0, agreement_.row_stride}, first_, last_);
     }
-    for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
-      const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
+    const int64_t group = classes_at_once(x, end);
+    for (int64_t c = 0; c < p_.classes; c += group) {
+      const int64_t classes = smaller(group, p_.classes - c);
       const auto sums = [&](const Columns<const T>& from) {
         T lowest = 0;
         for (int64_t w = x; w < end; w += S::lanes) {
@@ -161,6 +162,13 @@ class Band {
     for (int64_t row = first_; row < last_; row += kRegionStrip)
       for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x, ahead);
     ahead.rest();
+  }
+
+  // Of columns [begin, end).
+  int64_t classes_at_once(int64_t begin, int64_t end) {
+    int64_t taps = 0, rows = 0;
+    for (int64_t w = begin; w < end; w += S::lanes, rows += rows_) taps += plan(w).num_tap_rows();
+    return 2 * taps > rows ? Roll<T>::kMostClasses : Roll<T>::kClasses;
   }
 
   // Anchors of class c on, from column `w` of the block on.
@@ -218,8 +226,9 @@ class Band {
   void gather(int64_t x) {
     const int64_t first = 2 * r_, last = rows_ - 2 * r_;
     const int64_t begin = larger(0, x - kLag), end = inside(x - kLag + kBlock);
-    for (int64_t c = 0; c < p_.classes; c += Roll<T>::kClasses) {
-      const int64_t classes = smaller(Roll<T>::kClasses, p_.classes - c);
+    const int64_t group = classes_at_once(begin, end);
+    for (int64_t c = 0; c < p_.classes; c += group) {
+      const int64_t classes = smaller(group, p_.classes - c);
       const auto sums = [&](int64_t w, const Columns<T>& to) {
         const Columns<T> at = anchors(c, w - x);
         roll_.sums(plan(w), {at.data, at.class_stride, at.row_stride}, to, classes, first, last);

@@ -23,9 +23,10 @@ class Roll {
   using V = typename Plan::V;
   using Mask = typename Plan::Mask;
 
-  // Classes that are summed at once: more would share what is read of a plan, but what is read and written of
-  // a column of them has to stay in the first-level cache for the next.
-  static constexpr int64_t kClasses = 3;
+  // Classes that are summed at once. By rows: more would share what is read of a plan, but what is read and
+  // written of a column of them has to stay in the first-level cache for the next. By taps: additions of
+  // fewer would wait for one another, and for where a row's taps end.
+  static constexpr int64_t kClasses = 3, kMostClasses = 9;
 
   explicit Roll(const RegionCrossEntropyParams& params)
       : radius_(params.radius[2]), by_count_(params.normalize == RegionNormalize::count) {
@@ -38,8 +39,8 @@ class Roll {
     }
   }
 
-  // Sums of `classes` classes, at most kClasses, for centres in rows [begin, end). Returns the lowest, or a
-  // partial one that is lower; NaN is left out.
+  // Sums of `classes` classes, at most kMostClasses, for centres in rows [begin, end). Returns the lowest, or
+  // a partial one that is lower; NaN is left out.
   T sums(const Plan& plan, const Columns<const T>& from, const Columns<T>& to, int64_t classes, int64_t begin,
          int64_t end) const {
     V lowest{};
@@ -261,6 +262,8 @@ class Roll {
       const auto& row = plan.tap_row(i);
       if (row.row < begin || row.row >= end) continue;
       int64_t c = 0;
+      for (; c + kMostClasses <= classes; c += kMostClasses)
+        add_taps<kTake, kMostClasses>(plan, row, from, to, weight, c, lowest);
       for (; c + kClasses <= classes; c += kClasses)
         add_taps<kTake, kClasses>(plan, row, from, to, weight, c, lowest);
       for (; c < classes; ++c) add_taps<kTake, 1>(plan, row, from, to, weight, c, lowest);
@@ -275,14 +278,14 @@ class Roll {
       const auto& tap = plan.tap(t);
       const V w = S::fill(weight[tap.distance]);
       const T* at = from.data + (row.row + tap.y) * from.row_stride + tap.x + c * from.class_stride;
-#pragma GCC unroll 3
+#pragma GCC unroll 9
       for (int k = 0; k < kMany; ++k)
         if constexpr (kTake == Take::ones)
           sums[k] += S::masked(tap.agree, w);
         else
           sums[k] += w * S::load_masked(at + k * from.class_stride, tap.agree);
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 9
     for (int k = 0; k < kMany; ++k) {
       lowest = S::min(sums[k], lowest);
       S::store(to.data + row.row * to.row_stride + (c + k) * to.class_stride, sums[k]);
