@@ -12,15 +12,35 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
+// Whether labels change from pixel to pixel, going by some rows.
+template <class T>
+bool scattered(const RegionCrossEntropyParams& p) {
+  constexpr int64_t kApart = 32;
+  using Int = typename Simd<T>::Int;
+  LabelRows<T> rows(p);
+  Scratch<Int> memory;
+  Int* const row = memory.get(p.size[2]);
+  int64_t changes = 0, pixels = 0;
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t d = smaller(kApart, p.size[0]) / 2; d < p.size[0]; d += kApart) {
+      rows.load(n, d, 0, 0, p.size[2], row);
+      for (int64_t x = 1; x < p.size[2]; ++x) changes += row[x] != row[x - 1];
+      pixels += p.size[2];
+    }
+  return 4 * changes > pixels;
+}
+
 // Rows of logits have to be dense and in full precision: they are read in short pieces, class by class. The
-// smallest windows cost less by taps.
-inline bool takes_bands(const RegionCrossEntropyParams& p) {
+// smallest windows cost less by taps, and where taps can take them so do others of scattered labels.
+template <class T>
+bool takes_bands(const RegionCrossEntropyParams& p) {
   const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
   bool square =
       dense && p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
   for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
-  return square && p.radius[0] == p.radius[2] && p.radius[2] != 1;
+  square = square && p.radius[0] == p.radius[2] && p.radius[2] != 1;
+  return square && !(takes_taps(p) && scattered<T>(p));
 }
 
 template <class T, class Stage>

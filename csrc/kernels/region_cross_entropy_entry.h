@@ -150,7 +150,7 @@ template <class T>
 RegionBadLabel forward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                           Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
-  if (takes_bands(p)) {
+  if (takes_bands<T>(p)) {
     RegionBadLabel bad;
     run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
     return bad;
@@ -163,7 +163,7 @@ template <class T>
 void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad, Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
-  if (takes_bands(p)) {
+  if (takes_bands<T>(p)) {
     run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
     return;
   }
@@ -174,7 +174,7 @@ void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyStat
 template <class T>
 UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                               const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  if (takes_bands(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
+  if (takes_bands<T>(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
   const auto march = [&](auto kernel_type) {
     using Kernel = typename decltype(kernel_type)::type;
     UnitResults results(tiling_of<T, Kernel>(p).units());

@@ -59,7 +59,7 @@ def test_equals_the_reference(kind, kernel_size):
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 9])
-@pytest.mark.parametrize("kind", ["patches", "mixed"])
+@pytest.mark.parametrize("kind", ["patches", "mixed", "noise"])
 def test_same_bits_on_any_threads_and_without_a_gradient(kind, kernel_size):
     torch.manual_seed(0)
     input, target = torch.randn(SHAPE), labels(kind)
