@@ -12,7 +12,7 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-inline constexpr int kMostTapped = kVectorMasks ? 2 : 1;
+inline constexpr int kMostTapped = kVectorMasks ? 3 : 1;
 
 inline bool takes_taps(const RegionCrossEntropyParams& p) {
   const bool flat = p.size[1] == 1 && p.radius[1] == 0;
@@ -75,8 +75,10 @@ class Taps {
 
   // As Pool's.
   void run(int64_t column, const TileOutput<T>& out, V* totals) {
-    if constexpr (kMostTapped > 1)
+    if constexpr (kMostTapped > 1) {
       if (radius_ == 2) return tile<2>(column, out, totals);
+      if (radius_ == 3) return tile<3>(column, out, totals);
+    }
     tile<1>(column, out, totals);
   }
 
@@ -184,7 +186,7 @@ class Taps {
       own[i] = own[i] >= 0 ? own[i] : S::fill_int(-2);  // agrees with none
     }
     for (int j = 0; j < kHeight + 2 * kRadius; ++j)
-#pragma GCC unroll 5
+#pragma GCC unroll 7
       for (int x = 0; x < kAcross; ++x) {
         const M label = S::load(label_row_[first + j] + column + x - kRadius);
         const V share = kGather ? S::load(share_row_[first + j] + column + x - kRadius) : S::fill(1);
@@ -207,7 +209,7 @@ class Taps {
     // Additions wait for one another where no other row's or class's are under way.
     constexpr int kParts = kRows<kRadius> * kClasses<kRadius> == 1 ? 2 : 1;
     V sum[kMany][kHeight][kParts]{};
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int j = 0; j < kHeight + 2 * kRadius; ++j) {
       V value[kMany][kAcross];
 #pragma GCC unroll 3
@@ -216,7 +218,7 @@ class Taps {
                                          nullptr, value[k]);
 #pragma GCC unroll 4
       for (int i = 0; i < kHeight; ++i)
-#pragma GCC unroll 5
+#pragma GCC unroll 7
         for (int x = 0; x < kAcross; ++x) {
           if (j < i || j > i + 2 * kRadius) continue;
           V w = weight[(i * kAcross + j - i) * kAcross + x];

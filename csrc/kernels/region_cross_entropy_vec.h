@@ -72,6 +72,7 @@ struct Simd {
       values[kReach] = std::bit_cast<V>(here);
       shift(std::integral_constant<int, 1>());
       if constexpr (kReach > 1) shift(std::integral_constant<int, 2>());
+      if constexpr (kReach > 2) shift(std::integral_constant<int, 3>());
       return;
     }
 #endif
