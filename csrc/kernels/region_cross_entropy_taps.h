@@ -138,7 +138,7 @@ class Taps {
   DYNPLAN_INLINE void boxes(int64_t column, int64_t c, const TileOutput<T>& out) const {
     V steps[kRadius + 1], sums[kRegionStrip]{};
     for (int e = 0; e <= kRadius; ++e) steps[e] = S::fill(step_[e]);
-#pragma GCC unroll 8
+#pragma GCC unroll 10
     for (int j = 0; j < kRegionStrip + 2 * kRadius; ++j) {
       V value[2 * kRadius + 1];
       const T* shares = kGather ? share_row_[j] + column : nullptr;
