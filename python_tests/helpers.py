@@ -1,4 +1,4 @@
-"""Shared by the tests: devices, the tolerance rule."""
+"""Shared by the tests: devices, instruction sets, the tolerance rule."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from dynplan import _native
+
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, requires_cuda])]
+
+_NAMES = ["baseline", "avx2", "avx512"]
+# What DYNPLAN_CPU_ISA takes, the narrowest first.
+INSTRUCTION_SETS = [
+    pytest.param(isa, marks=pytest.mark.skipif(missing, reason=f"needs a CPU with {isa}"))
+    for isa in _NAMES
+    for missing in [_NAMES.index(isa) > _NAMES.index(_native.cpu_features()["best_isa"])]
+]
 
 # What one rounding of the result itself costs, measured over the test suite: added to the relative rule so
 # that a rival that happens to be exact does not set a bar of zero.

@@ -70,8 +70,7 @@ class Band {
         label_rows_(params),
         stage_(params, state, grad),
         roll_(params),
-        in_place_(roll_.keeps_infinity() &&
-                  p_.logit == (sizeof(T) == 8 ? RegionLogit::f64 : RegionLogit::f32)) {}
+        in_place_(roll_.keeps_infinity()) {}
 
   // upcoming() tells which unit will probably be the next.
   template <class Upcoming>

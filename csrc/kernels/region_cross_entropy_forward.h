@@ -97,7 +97,8 @@ struct AnchorTile {
   explicit AnchorTile(PrefetchAhead& later) : ahead(later) {}
 
   DYNPLAN_INLINE void ask(int64_t i, int64_t c) const {
-    ahead.template next<(sizeof(typename S::V) > 32)>(i + c);
+    constexpr bool kBoth = sizeof(typename S::V) == 64;  // narrower ones share a line of each
+    ahead.template next<kBoth>(i + c);
   }
 };
 

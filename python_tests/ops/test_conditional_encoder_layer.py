@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import assert_close_to_exact, on_threads
+from helpers import INSTRUCTION_SETS, assert_close_to_exact, on_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,13 +128,10 @@ def test_dropout_touches_active_rows_only():
     assert torch.equal(dropped[:5], hidden[:5]) and not torch.allclose(dropped[5:], plain[5:])
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_native_equals_reference_on_every_instruction_set(isa, heads, activation):
-    sets = ["baseline", "avx2", "avx512"]
-    if sets.index(isa) > sets.index(_native.cpu_features()["best_isa"]):
-        pytest.skip(f"needs a CPU with {isa}")
     hidden, _, dispatch, weights = draw_inputs([7, 0, 30, 41], 40, 50, 2, 5)
     packed = [_native.pack_encoder_weights([w.numpy() for w in layer]) for layer in weights]
     got = _native.conditional_encoder(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import on_threads
+from helpers import INSTRUCTION_SETS, on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.test_conditional_encoder_layer import ACTIVATIONS, cast, draw_inputs
@@ -197,13 +197,10 @@ def test_blobs_that_do_not_belong():
             conditional_encoder(hidden, dispatch, None, 2, packed_weights=blobs)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_equals_op(dtype, isa):
     """On every instruction set; bfloat16's rows are rounded by one of them alone."""
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(isa) > order.index(_native.cpu_features()["best_isa"]):
-        pytest.skip(f"needs a CPU with {isa}")
     hidden, _, dispatch, weights = draw_inputs([5, 30, 0, 9], 24, 31, 2, 4)
     packed = [_native.pack_encoder_weights([w.numpy() for w in layer], dtype) for layer in weights]
     native = torch.from_numpy(

@@ -88,14 +88,17 @@ def test_every_loss_has_the_same_bits_without_a_gradient(shape, kernel_size, lay
     assert torch.equal(losses, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_dtypes_and_layouts_equal_float32(dtype, layout):
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+def test_dtypes_and_layouts_equal_float32(dtype, layout, kernel_size):
     torch.manual_seed(0)
     input, target = torch.randn(SHAPE).to(dtype).contiguous(memory_format=layout), labels("mixed")
-    value, gradient = value_and_gradient(region_cross_entropy, input, target)
+    value, gradient = value_and_gradient(region_cross_entropy, input, target, kernel_size=kernel_size)
     assert gradient.dtype == dtype and gradient.is_contiguous(memory_format=layout)
-    expected, expected_gradient = value_and_gradient(region_cross_entropy, input.float().contiguous(), target)
+    expected, expected_gradient = value_and_gradient(
+        region_cross_entropy, input.float().contiguous(), target, kernel_size=kernel_size
+    )
     torch.testing.assert_close(value.float(), expected, rtol=1e-5, atol=0)
     largest = expected_gradient.abs().max()
     tolerance = max(torch.finfo(dtype).eps, 1e-5) * largest
