@@ -1,9 +1,13 @@
-"""Shared by the tests: devices, instruction sets, the tolerance rule."""
+"""Shared by the tests: devices, instruction sets, ranks, the tolerance rule."""
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from dynplan import _native
@@ -35,6 +39,30 @@ def on_threads(counts: Sequence[int], call: Callable) -> list:
     finally:
         torch.set_num_threads(threads)
     return results
+
+
+def on_ranks(world_size: int, work: Callable, folder: Path) -> list:
+    """What ``work(rank)`` returns on each rank of a gloo group of processes, in their order.
+
+    ``work`` is a function of a module, since processes import it; what it returns is made of tensors and of
+    Python's containers and numbers. ``folder`` is an empty one.
+    """
+    mp.spawn(_work_and_exit, (world_size, work, folder), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+def _work_and_exit(rank: int, world_size: int, work: Callable, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.barrier()  # no rank leaves while another still waits for it
+    dist.destroy_process_group()
+    # Gloo's threads take the interpreter's lock to let go of their last tensors, and one that does so while
+    # the interpreter shuts down aborts the process (pytorch/pytorch#179291). DistributedDataParallel keeps
+    # them alive past the group's end, so there is nothing to wait for: leave without shutting down.
+    os._exit(0)
 
 
 def assert_same_but_for_order(ours: Tensor, expected: Tensor) -> None:

@@ -1,8 +1,7 @@
 """Distributed data-parallel training of a swapped model: two gloo processes against one."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import on_ranks
 from integrations.models import batch, tiny
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,31 +18,22 @@ def loss_of(model, shard):
     return model(**inputs, labels=torch.arange(len(LENGTHS))[shard] % 3).loss
 
 
-def work(rank, folder, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        shard = slice(2 * rank, 2 * rank + 2)
-        model = dynplan.swap(tiny(), FixedPath(KEEP[shard]))
-        # A layer that nobody takes has no gradient, which DDP must be told to expect.
-        parallel = DistributedDataParallel(model, find_unused_parameters=True)
-        loss_of(parallel, shard).backward()
-        if rank == 0:
-            queue.put({name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None})
-    finally:
-        dist.destroy_process_group()
+def work(rank):
+    shard = slice(2 * rank, 2 * rank + 2)
+    model = dynplan.swap(tiny(), FixedPath(KEEP[shard]))
+    # A layer that nobody takes has no gradient, which DDP must be told to expect.
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    loss_of(parallel, shard).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def test_two_processes_equal_one(tmp_path):
-    queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(work, args=(str(tmp_path), queue), nprocs=2, join=False)
-    got = queue.get()
-    while not context.join():
-        pass
+    results = on_ranks(2, work, tmp_path)
     model = dynplan.swap(tiny(), FixedPath(KEEP))
     loss_of(model, slice(None)).backward()
-    assert any("layer.3." in name for name in got)
-    for name, parameter in model.named_parameters():
-        wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        ours = torch.from_numpy(got[name]) if name in got else torch.zeros_like(parameter)
-        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    for got in results:
+        assert any("layer.3." in name for name in got)
+        for name, parameter in model.named_parameters():
+            wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            ours = got.get(name, torch.zeros_like(parameter))
+            torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import on_ranks
 from test_region_cross_entropy import case
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,9 +67,7 @@ def test_accumulator_with_nothing_valid():
         accumulator.finish(model.parameters())
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def work(rank):
     group = dist.group.WORLD
     mine = slice(0, 1) if rank == 0 else slice(1, 4)
     results = {}
@@ -82,9 +80,8 @@ def worker(rank, folder):
 
         model.zero_grad()
         accumulator = MinkowskiAccumulator(p, group)
-        for image in (
-            range(4)[mine] if rank else (0, 0, 0)
-        ):  # rank 0 has one image, seen with labels only once
+        # Rank 0 has one image, seen with labels only once.
+        for image in range(4)[mine] if rank else (0, 0, 0):
             labels = target[image : image + 1]
             if rank == 0 and accumulator.started:
                 labels = torch.full_like(labels, -100)
@@ -92,14 +89,11 @@ def worker(rank, folder):
             accumulator.add(stats.loss, stats.normalizer).backward()
         loss = accumulator.finish(model.parameters())
         results["both", p] = loss, [parameter.grad.clone() for parameter in model.parameters()]
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.spawn(worker, (tmp_path,), nprocs=2)
-    for rank in (0, 1):
-        results = torch.load(tmp_path / f"{rank}.pt")
+    for results in on_ranks(2, work, tmp_path):
         for p in EXPONENTS:
             expected_loss, expected = whole_batch(p)
             for way in ("ranks", "both"):
