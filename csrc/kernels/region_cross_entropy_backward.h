@@ -112,7 +112,7 @@ class BackwardAnchors {
   template <class S>
   DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
     using V = typename S::V;
-    const TileLabels<S> labels(at.own, at.count, p_.classes);
+    const TileLabels<S> labels(at.own, at.count);
     V top[kRegionStrip];
     merged.tops(p_.classes, top);
     for (int64_t i = 0; i < at.count; ++i) {
@@ -127,10 +127,14 @@ class BackwardAnchors {
         if (weights_.soft > 0) g -= share * (weights_.soft * weights_.at(c));
         S::store(at.out[i] + c * at.class_stride, g);
       }
-      labels.for_each([&](int64_t c) __attribute__((always_inline)) {
-        T* out = at.out[i] + c * at.class_stride;
-        S::store(out, S::load(out) - S::masked(at.own[i] == static_cast<typename S::Int>(c), hard));
-      });
+      labels.for_each(
+          at.own[i],
+          [&](int64_t c) __attribute__((always_inline)) {
+            T* out = at.out[i] + c * at.class_stride;
+            S::store(out, S::load(out) - S::masked(at.own[i] == static_cast<typename S::Int>(c), hard));
+          },
+          [&](int lane, int64_t c)
+              __attribute__((always_inline)) { at.out[i][c * at.class_stride + lane] -= hard[lane]; });
     }
   }
 
@@ -143,7 +147,7 @@ class BackwardAnchors {
   SlopeRows<T> slopes_;
 };
 
-// Windows: Pool or Taps.
+// Windows: Pool, Taps or Pairs.
 template <class T, class Anchors, class Windows>
 class RegionGradient {
  public:
@@ -157,13 +161,13 @@ class RegionGradient {
       : p_(params),
         strip_(Windows::strip(params)),
         stage_(params, state, grad),
-        planes_(params, Windows::kShares),
+        planes_(params, Windows::kFinite),
         merge_(params, planes_.labels, planes_.logits, params.classes),
         gather_(Windows::gathering(params, planes_.labels, anchors_, shares_, params.classes)),
         merged_(params.classes) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return gradient_bytes_per_column<T>(p);
+    return gradient_bytes_per_column<T, Windows>(p);
   }
 
   // Calls store(d, h, row, class_stride) for the rows of the box, in ascending order of d, unless `direct`
@@ -171,14 +175,20 @@ class RegionGradient {
   template <class Store>
   void run(int64_t n, const Box& box, const DirectRows<T>& direct, Store store) {
     const int64_t between = planes_between(p_, strip_);
-    planes_.reset(box, 2, between + p_.radius[0], 2 * p_.radius[0] + strip_);
-    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, between, Windows::kShares);
+    const int64_t planes = 2 * p_.radius[0] + strip_;
+    planes_.reset(box, 2, between + p_.radius[0], Windows::kKeeps ? 1 : planes);
+    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, Windows::kKeeps ? strip_ : between,
+                   Windows::kFinite);
     if (Windows::kShares) shares_.reset(share_memory_, anchors_.box, 1, between);
     stage_.reset(anchors_.box, kRegionStrip);
+    if constexpr (Windows::kKeeps) {
+      merge_.reset(planes);
+      gather_.reset(between);
+    }
     total_ = {};
     row_.reset(row_memory_, box.row(), p_.classes, kRegionStrip);
     march_backward(
-        p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
+        p_, box, strip_, [&](int64_t d) { load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { anchor_rows(n, d, h, count, box, direct); },
         [&](int64_t d, int64_t h, int64_t count) {
           if (gather_rows(n, d, h, count, box, direct)) return;
@@ -191,6 +201,11 @@ class RegionGradient {
   const RegionBadLabel& bad() const { return planes_.label_rows.bad(); }
 
  private:
+  void load(int64_t n, int64_t d) {
+    planes_.load(n, d);
+    if constexpr (Windows::kKeeps) merge_.load(d, 0);
+  }
+
   void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
                    const DirectRows<T>& direct) {
     // Tiles begin where the box's do.
@@ -225,7 +240,10 @@ class RegionGradient {
       stage_.tile(merged_, tile);
     }
     ahead.rest();
-    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, margin, own[i] + before, total_);
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (Windows::kKeeps) gather_.load(d + i, h);
+      stage_.end(i, n, d + i, h, box, margin, own[i] + before, total_);
+    }
   }
 
   // Rows go to `direct` where it can take them, else to row_. The last tile of a row in place starts where it

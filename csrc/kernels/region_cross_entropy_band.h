@@ -12,24 +12,6 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-// Whether labels change from pixel to pixel, going by some rows.
-template <class T>
-bool scattered(const RegionCrossEntropyParams& p) {
-  constexpr int64_t kApart = 32;
-  using Int = typename Simd<T>::Int;
-  LabelRows<T> rows(p);
-  Scratch<Int> memory;
-  Int* const row = memory.get(p.size[2]);
-  int64_t changes = 0, pixels = 0;
-  for (int64_t n = 0; n < p.batch; ++n)
-    for (int64_t d = smaller(kApart, p.size[0]) / 2; d < p.size[0]; d += kApart) {
-      rows.load(n, d, 0, 0, p.size[2], row);
-      for (int64_t x = 1; x < p.size[2]; ++x) changes += row[x] != row[x - 1];
-      pixels += p.size[2];
-    }
-  return 4 * changes > pixels;
-}
-
 // Rows of logits have to be dense and in full precision: they are read in short pieces, class by class. The
 // smallest windows cost less by taps, and where taps can take them so do others of scattered labels.
 template <class T>
@@ -40,7 +22,7 @@ bool takes_bands(const RegionCrossEntropyParams& p) {
   for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
   square = square && p.radius[0] == p.radius[2] && p.radius[2] != 1;
-  return square && !(takes_taps(p) && scattered<T>(p));
+  return square && !(takes_taps(p) && p.classes <= kMostPaired && scattered<T>(p));
 }
 
 template <class T, class Stage>

@@ -150,6 +150,7 @@ template <class T>
 RegionBadLabel forward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                           Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
+  if (takes_pairs<T>(p)) return run_forward<T, RegionForward<T, Pairs<T>>>(p, state, parallel);
   if (takes_bands<T>(p)) {
     RegionBadLabel bad;
     run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
@@ -163,6 +164,7 @@ template <class T>
 void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad, Parallel parallel) {
   if (p.merge == RegionMerge::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
+  if (takes_pairs<T>(p)) return run_backward<T, RegionBackward<T, Pairs<T>>>(p, state, grad, parallel);
   if (takes_bands<T>(p)) {
     run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
     return;
@@ -174,7 +176,8 @@ void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyStat
 template <class T>
 UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                               const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  if (takes_bands<T>(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
+  const bool pairs = takes_pairs<T>(p);
+  if (!pairs && takes_bands<T>(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
   const auto march = [&](auto kernel_type) {
     using Kernel = typename decltype(kernel_type)::type;
     UnitResults results(tiling_of<T, Kernel>(p).units());
@@ -183,6 +186,7 @@ UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCro
     });
     return results;
   };
+  if (pairs) return march(std::type_identity<RegionOnce<T, Pairs<T>>>());
   if (takes_taps(p)) return march(std::type_identity<RegionOnce<T, Taps<T>>>());
   return march(std::type_identity<RegionOnce<T, Pool<T>>>());
 }

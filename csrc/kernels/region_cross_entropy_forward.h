@@ -4,7 +4,7 @@
 
 #include "kernels/region_cross_entropy_anchors.h"
 #include "kernels/region_cross_entropy_march.h"
-#include "kernels/region_cross_entropy_taps.h"
+#include "kernels/region_cross_entropy_pairs.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
@@ -12,7 +12,7 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 template <class S>
 class TileLabels {
  public:
-  TileLabels(const typename S::M* own, int64_t count, int64_t classes) : classes_(classes) {
+  TileLabels(const typename S::M* own, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       typename S::M rest = own[i];
       for (int l = 0; l < num_; ++l) rest |= rest == label_[l];
@@ -27,16 +27,20 @@ class TileLabels {
     }
   }
 
-  // Calls f(c) for the classes that are among them.
-  template <class F>
-  DYNPLAN_INLINE void for_each(F f) const {
-    for (int l = 0; l < num_; ++l) f(static_cast<int64_t>(label_[l]));
-    for (int64_t c = 0; num_ < 0 && c < classes_; ++c) f(c);
+  // For the anchors `own`, a row of the tile: by_class(c) for classes that are among all rows' labels, if
+  // those are few, or by_lane(lane, c) for each anchor that has a label.
+  template <class ByClass, class ByLane>
+  DYNPLAN_INLINE void for_each(typename S::M own, ByClass by_class, ByLane by_lane) const {
+    for (int l = 0; l < num_; ++l) by_class(static_cast<int64_t>(label_[l]));
+    if (num_ >= 0) return;
+    alignas(64) typename S::Int label[S::lanes];
+    S::store(label, own);
+    for (int lane = 0; lane < S::lanes; ++lane)
+      if (label[lane] >= 0) by_lane(lane, static_cast<int64_t>(label[lane]));
   }
 
  private:
   static constexpr int kMost = 4;
-  const int64_t classes_;
   int num_ = 0;  // -1: more than kMost
   typename S::Int label_[kMost];
 };
@@ -129,13 +133,22 @@ struct MergedLosses {
     // keep their digits. It is taken out before, so that the loop over classes has no branch. Differences are
     // taken before scaling: a fused multiply-add of the product would not give exactly 0 for the largest.
     for (int64_t i = 0; i < count; ++i) {
-      label_sum[i] = V{};
-      labels.for_each([&](int64_t c) __attribute__((always_inline)) {
-        const M hit = own[i] == static_cast<typename S::Int>(c);
-        const V sum = merged.at(c, i);
-        label_sum[i] = hit ? sum : label_sum[i];
-        merged.set(c, i, hit ? S::fill(-std::numeric_limits<T>::max()) : sum);
-      });
+      constexpr T kNone = -std::numeric_limits<T>::max();
+      V taken{};
+      labels.for_each(
+          own[i],
+          [&](int64_t c) __attribute__((always_inline)) {
+            const M hit = own[i] == static_cast<typename S::Int>(c);
+            const V sum = merged.at(c, i);
+            taken = hit ? sum : taken;
+            merged.set(c, i, hit ? S::fill(kNone) : sum);
+          },
+          [&](int lane, int64_t c) __attribute__((always_inline)) {
+            T& sum = merged.address(c, i)[lane];
+            taken[lane] = sum;
+            sum = kNone;
+          });
+      label_sum[i] = taken;
     }
     // All rows' sums, then what follows from them: logarithms take long, but not those of several rows.
     for (int64_t i = 0; i < count; ++i) {
@@ -254,7 +267,7 @@ class ForwardAnchors : public LossAnchors<T> {
   DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
     using V = typename S::V;
     const ClassWeights<T>& weights = out_.weights();
-    const TileLabels<S> labels(at.own, at.count, p_.classes);
+    const TileLabels<S> labels(at.own, at.count);
     const MergedLosses<S> made(
         merged, labels, p_.classes,
         at, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ask(i, c); });
@@ -283,14 +296,17 @@ class ForwardAnchors : public LossAnchors<T> {
   }
 };
 
-// Of rings of logits and of anchors' gradients.
-template <class T>
+// Of rings of logits and of anchors' gradients; where windows keep the rows, of those in use at a time:
+// columns cost more to cut than cached rows to lose.
+template <class T, class Windows>
 int64_t gradient_bytes_per_column(const RegionCrossEntropyParams& p) {
-  const int64_t strip = Pool<T>::strip(p);
-  return (2 * p.radius[0] + strip + planes_between(p, strip)) * p.classes * static_cast<int64_t>(sizeof(T));
+  const int64_t strip = Windows::strip(p), window = 2 * p.radius[0] + strip;
+  const int64_t values = Windows::kKeeps ? 2 * window * PixelRows<T>::padded(p.classes)
+                                         : (window + planes_between(p, strip)) * p.classes;
+  return values * static_cast<int64_t>(sizeof(T));
 }
 
-// Windows: Pool or Taps.
+// Windows: Pool, Taps or Pairs.
 template <class T, class Windows>
 class RegionForward {
  public:
@@ -303,23 +319,24 @@ class RegionForward {
       : p_(params),
         strip_(Windows::strip(params)),
         stage_(params, state, {}),
-        planes_(params, Windows::kShares),
+        planes_(params, Windows::kFinite),
         pool_(params, planes_.labels, planes_.logits, params.classes),
         merged_(params.classes) {}
 
   // As the gradient's, which needs more: cut alike, in strips too, a loss has the same bits with its gradient
   // and without.
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return gradient_bytes_per_column<T>(p);
+    return gradient_bytes_per_column<T, Windows>(p);
   }
 
   PowerSum run(int64_t n, const Box& box) {
     PowerSum total;
     const int64_t planes = 2 * p_.radius[0] + strip_;
-    planes_.reset(box, 1, planes, planes);
+    planes_.reset(box, 1, planes, Windows::kKeeps ? 1 : planes);
+    if constexpr (Windows::kKeeps) pool_.reset(planes);
     stage_.reset(box, kRegionStrip);
     march_forward(
-        p_, box, strip_, strip_ > 1 ? p_.radius[0] : 0, [&](int64_t d) { planes_.load(n, d); },
+        p_, box, strip_, strip_ > 1 ? p_.radius[0] : 0, [&](int64_t d) { load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
     return total;
   }
@@ -327,6 +344,11 @@ class RegionForward {
   const RegionBadLabel& bad() const { return planes_.label_rows.bad(); }
 
  private:
+  void load(int64_t n, int64_t d) {
+    planes_.load(n, d);
+    if constexpr (Windows::kKeeps) pool_.load(d, 0);
+  }
+
   void rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, PowerSum& total) {
     const int64_t margin = box.begin[2] - planes_.labels.box.begin[2];
     pool_.aim(d, h, count, /*anchors=*/false);

@@ -23,7 +23,7 @@ class OnceAnchors : public LossAnchors<T> {
   DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
     using V = typename S::V;
     using M = typename S::M;
-    const TileLabels<S> labels(at.own, at.count, p_.classes);
+    const TileLabels<S> labels(at.own, at.count);
     const MergedLosses<S> made(
         merged, labels, p_.classes, at, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
           at.ask(i, c);
@@ -54,10 +54,14 @@ class OnceAnchors : public LossAnchors<T> {
           S::store(out, mass[i] * S::load(out));
         }
       }
-      labels.for_each([&](int64_t c) __attribute__((always_inline)) {
-        T* out = at.out[i] + c * at.class_stride;
-        S::store(out, at.own[i] == static_cast<typename S::Int>(c) ? own : S::load(out));
-      });
+      labels.for_each(
+          at.own[i],
+          [&](int64_t c) __attribute__((always_inline)) {
+            T* out = at.out[i] + c * at.class_stride;
+            S::store(out, at.own[i] == static_cast<typename S::Int>(c) ? own : S::load(out));
+          },
+          [&](int lane, int64_t c)
+              __attribute__((always_inline)) { at.out[i][c * at.class_stride + lane] = own[lane]; });
     }
   }
 

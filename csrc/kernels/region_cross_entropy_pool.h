@@ -37,7 +37,9 @@ class Pool : public TileWindows<T> {
   using typename Base::Mask;
   using typename Base::S;
   using typename Base::V;
-  static constexpr bool kShares = false;
+  // Whether gradients are gathered with factors of their own, whether values have to be finite where pixels
+  // do not count, and whether rows of values are kept here, so that the ring they come from need not.
+  static constexpr bool kShares = false, kFinite = false, kKeeps = false;
 
   static Pool gathering(const RegionCrossEntropyParams& params, const Ring<Int>& labels,
                         const Ring<T>& values, const Ring<T>&, int64_t classes) {

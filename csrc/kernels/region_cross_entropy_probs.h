@@ -119,7 +119,7 @@ class RegionProbsForward {
         merged_(planes_.channels()) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return gradient_bytes_per_column<T>(p);
+    return gradient_bytes_per_column<T, Pool<T>>(p);
   }
 
   PowerSum run(int64_t n, const Box& box) {
@@ -192,7 +192,7 @@ class RegionProbsBackward {
         merged_(planes_.channels()) {}
 
   static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return gradient_bytes_per_column<T>(p);
+    return gradient_bytes_per_column<T, Pool<T>>(p);
   }
 
   template <class Store>

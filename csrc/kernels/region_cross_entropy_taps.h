@@ -14,11 +14,38 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 
 inline constexpr int kMostTapped = kVectorMasks ? 3 : 1;
 
-inline bool takes_taps(const RegionCrossEntropyParams& p) {
+// Whether it is of an image, and all of its pixels are centres.
+inline bool is_stepless_image(const RegionCrossEntropyParams& p) {
   const bool flat = p.size[1] == 1 && p.radius[1] == 0;
-  const bool stepless = p.stride[0] == 1 && p.stride[1] == 1 && p.stride[2] == 1;
+  return flat && p.stride[0] == 1 && p.stride[1] == 1 && p.stride[2] == 1;
+}
+
+inline bool takes_taps(const RegionCrossEntropyParams& p) {
   const int r = p.radius[2];
-  return flat && stepless && p.radius[0] == r && r >= 1 && r <= kMostTapped;
+  return is_stepless_image(p) && p.radius[0] == r && r >= 1 && r <= kMostTapped;
+}
+
+// Calls f(y, x, weight, part) for the pixels of an image's windows; `part` is what one adds to the
+// normaliser.
+template <class T, class F>
+void for_taps(const RegionCrossEntropyParams& p, F f) {
+  for (int y = -p.radius[0]; y <= p.radius[0]; ++y)
+    for (int x = -p.radius[2]; x <= p.radius[2]; ++x) {
+      const double down = p.axis_weight[0][std::abs(y)], across = p.axis_weight[2][std::abs(x)];
+      const T weight = static_cast<T>(down < across ? down : across);
+      f(y, x, weight, p.normalize == RegionNormalize::count ? T(1) : weight);
+    }
+}
+
+// Number of agreeing pixels of a vector of centres; `label_rows`: those that their windows reach.
+template <class S>
+typename S::V count_agreeing(const typename S::Int* const* label_rows, int down, int across, int64_t column) {
+  const typename S::M own = S::load(label_rows[down] + column);
+  typename S::V sum{};
+  for (int y = 0; y <= 2 * down; ++y)
+    for (int x = -across; x <= across; ++x)
+      sum += S::masked((S::load(label_rows[y] + column + x) == own) & (own >= 0), S::fill(1));
+  return sum;
 }
 
 template <class T>
@@ -28,7 +55,7 @@ class Taps {
   using V = typename S::V;
   using M = typename S::M;
   using Int = typename S::Int;
-  static constexpr bool kShares = true;
+  static constexpr bool kShares = true, kFinite = true, kKeeps = false;
 
   static int64_t strip(const RegionCrossEntropyParams&) { return kRegionStrip; }
 
@@ -42,13 +69,11 @@ class Taps {
         shares_(shares),
         classes_(classes) {
     int tap = 0;
-    for (int y = -radius_; y <= radius_; ++y)
-      for (int x = -radius_; x <= radius_; ++x, ++tap) {
-        const double down = p.axis_weight[0][std::abs(y)], across = p.axis_weight[2][std::abs(x)];
-        weight_[tap] = static_cast<T>(down < across ? down : across);
-        part_[tap] = p.normalize == RegionNormalize::count ? T(1) : weight_[tap];
-        whole_ += part_[tap];
-      }
+    for_taps<T>(p, [&](int, int, T weight, T part) {
+      weight_[tap] = weight;
+      part_[tap++] = part;
+      whole_ += part;
+    });
     for (int e = 0; e <= radius_; ++e) {
       const double* weight = p.axis_weight[2];
       nested_ = nested_ && weight[e] == p.axis_weight[0][e];
@@ -82,14 +107,8 @@ class Taps {
     tile<1>(column, out, totals);
   }
 
-  // Number of agreeing pixels of a vector of centres in row i.
   V agreement(int64_t i, int64_t column) const {
-    const M own = S::load(label_row_[i + radius_] + column);
-    V sum{};
-    for (int y = 0; y <= 2 * radius_; ++y)
-      for (int x = -radius_; x <= radius_; ++x)
-        sum += (S::load(label_row_[i + y] + column + x) == own) & (own >= 0) ? S::fill(1) : V{};
-    return sum;
+    return count_agreeing<S>(label_row_ + i, radius_, radius_, column);
   }
 
  private:

@@ -252,4 +252,30 @@ struct Simd {
   }
 };
 
+// Lanes whose number has bit kApart change places between vectors kApart apart.
+template <class S, int kApart>
+DYNPLAN_INLINE void exchange_lanes(typename S::V (&v)[S::lanes]) {
+  typename S::M low, high;
+  for (int lane = 0; lane < S::lanes; ++lane) {
+    low[lane] = lane & kApart ? S::lanes + lane - kApart : lane;
+    high[lane] = lane & kApart ? S::lanes + lane : lane + kApart;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < S::lanes; ++i) {
+    if (i & kApart) continue;
+    const typename S::V a = v[i], b = v[i + kApart];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + kApart] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// Lane i of vector j becomes lane j of vector i.
+template <class S>
+DYNPLAN_INLINE void transpose(typename S::V (&v)[S::lanes]) {
+  static_assert(S::lanes <= 8);
+  exchange_lanes<S, 1>(v);
+  if constexpr (S::lanes > 2) exchange_lanes<S, 2>(v);
+  if constexpr (S::lanes > 4) exchange_lanes<S, 4>(v);
+}
+
 }  // namespace dynplan::kernels::DYNPLAN_ISA

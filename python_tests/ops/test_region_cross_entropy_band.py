@@ -58,6 +58,25 @@ def test_equals_the_reference(kind, kernel_size):
     )
 
 
+@pytest.mark.parametrize("options", [
+    {"kernel_size": 9, "normalize": "count", "p": 2.5},
+    {"kernel_size": (9, 5), "spacing": (0.5, 1.0), "ignore_index": (3, -100)},
+    {"kernel_size": (9, 1)},
+    {"kernel_size": (1, 11), "sigma": math.inf},
+    {"kernel_size": 9, "label_smoothing": 0.1, "weight": torch.linspace(0.5, 2, SHAPE[1])},
+    {"kernel_size": 9, "weight": torch.linspace(0.5, 2, SHAPE[1]), "reduction": "sum", "p": 1.0},
+])  # fmt: skip
+def test_options_on_scattered_labels(options):
+    torch.manual_seed(0)
+    input, target = 2 * torch.randn(SHAPE), labels("mixed")
+    value, gradient = value_and_gradient(region_cross_entropy, input, target, **options)
+    weight = {"weight": options["weight"].double()} if "weight" in options else {}
+    exact = value_and_gradient(reference.region_cross_entropy, input.double(), target, **options | weight)
+    torch.testing.assert_close(value.double(), exact[0], rtol=1e-6, atol=0)
+    largest = exact[1].abs().max()
+    torch.testing.assert_close(gradient / largest, (exact[1] / largest).float(), rtol=0, atol=4e-6)
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 9])
 @pytest.mark.parametrize("kind", ["patches", "mixed", "noise"])
 def test_same_bits_on_any_threads_and_without_a_gradient(kind, kernel_size):
@@ -90,7 +109,7 @@ def test_every_loss_has_the_same_bits_without_a_gradient(shape, kernel_size, lay
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("kernel_size", [3, 5, 7])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
 def test_dtypes_and_layouts_equal_float32(dtype, layout, kernel_size):
     torch.manual_seed(0)
     input, target = torch.randn(SHAPE).to(dtype).contiguous(memory_format=layout), labels("mixed")
@@ -105,21 +124,23 @@ def test_dtypes_and_layouts_equal_float32(dtype, layout, kernel_size):
     assert (gradient.float() - expected_gradient).abs().max() <= tolerance
 
 
-def test_agreement_counts_the_pixels_of_the_label():
+@pytest.mark.parametrize("kernel_size", [5, 9])
+def test_agreement_counts_the_pixels_of_the_label(kernel_size):
     torch.manual_seed(0)
     input, target = torch.randn(SHAPE), labels("mixed")
-    stats = region_cross_entropy_stats(input, target, kernel_size=5)
-    padded = F.pad(target, [2] * 4, value=-1)
-    windows = padded.unfold(1, 5, 1).unfold(2, 5, 1)
+    stats = region_cross_entropy_stats(input, target, kernel_size=kernel_size)
+    padded = F.pad(target, [kernel_size // 2] * 4, value=-1)
+    windows = padded.unfold(1, kernel_size, 1).unfold(2, kernel_size, 1)
     expected = (windows == target[..., None, None]).sum((-2, -1)) * (target >= 0)
     assert torch.equal(stats.agreement.long(), expected)
 
 
-@pytest.mark.parametrize("kernel_size", [5, 7])
+@pytest.mark.parametrize("kind", ["patches", "noise"])
+@pytest.mark.parametrize("kernel_size", [5, 7, 9])
 @pytest.mark.parametrize("sigma", [1.0, math.inf])
-def test_a_masked_class_weighs_nothing(kernel_size, sigma):
+def test_a_masked_class_weighs_nothing(kind, kernel_size, sigma):
     torch.manual_seed(0)
-    input, target = torch.randn(SHAPE), labels("patches").clamp_max(SHAPE[1] - 2)
+    input, target = torch.randn(SHAPE), labels(kind).clamp_max(SHAPE[1] - 2)
     input[:, -1] = -math.inf  # never a label
     options = {"kernel_size": kernel_size, "sigma": sigma}
     value, gradient = value_and_gradient(region_cross_entropy, input, target, **options)
