@@ -13,7 +13,8 @@
 namespace dynplan::kernels::DYNPLAN_ISA {
 
 // Rows of logits have to be dense and in full precision: they are read in short pieces, class by class. The
-// smallest windows cost less by taps, and where taps can take them so do others of scattered labels.
+// smallest windows cost less by taps, and where taps can take them so do others of scattered labels, unless
+// classes are many. (region_cross_entropy_pairs.h comes first.)
 template <class T>
 bool takes_bands(const RegionCrossEntropyParams& p) {
   const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
