@@ -165,6 +165,14 @@ int main() {
   cases.push_back(Case{.size = {6, 21, 30}, .radius = {1, 1, 1}, .object = 5});
   for (int64_t ignored : {1, 2, 5})
     cases.push_back(Case{.size = {1, 41, 70}, .object = 11, .ignored = ignored});
+  for (int64_t classes : {9, 30})  // scattered
+    for (int radius : {2, 4})
+      cases.push_back(Case{.batch = 1,
+                           .classes = classes,
+                           .size = {1, 90, 120},
+                           .radius = {0, radius, 4},
+                           .object = 1,
+                           .ignored = 7});
   cases.push_back(Case{.size = {1, 1, 1}, .radius = {0, 7, 7}});
   cases.push_back(Case{.batch = 0});
 
