@@ -109,7 +109,8 @@ struct Operand {
   bool pairs;
 
   // Rounded rows are good until the thread makes its next operand.
-  Operand(WeightType type, int64_t count, int64_t depth, const float* x, int64_t x_step)
+  Operand(WeightType type, [[maybe_unused]] int64_t count, [[maybe_unused]] int64_t depth, const float* x,
+          int64_t x_step)
       : rows(x), step(x_step), pairs(type == WeightType::bfloat16 && multiplies_pairs()) {
 #ifdef DYNPLAN_PAIR_INSTRUCTIONS
     if (!pairs) return;
