@@ -6,9 +6,9 @@
 
 Rivals: ``F.cross_entropy`` (no windows at all), the eager shift-and-add form (the reference), ``F.unfold``,
 and the shift-and-add form under torch.compile. Results are checked against fp64 before they are timed. Each
-timed call follows one of the same loss that is not timed, whatever ran before. Floor: three logit-sized
-transfers (read, read, write), labels twice, 16 bytes a pixel. ``B/pixel`` is what is allocated at once beyond
-a gradient, per pixel; ours is to stay at 16.
+timed call follows one of the same loss that is not timed, and that begins without what other losses freed.
+Floor: three logit-sized transfers (read, read, write), labels twice, 16 bytes a pixel. ``B/pixel`` is what is
+allocated at once beyond a gradient, per pixel; ours is to stay at 16.
 """
 
 import argparse

@@ -1,6 +1,8 @@
 """How cases are timed."""
 
+import resource
 import time
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,25 @@ def test_settling_calls_come_before_every_measured_one_and_are_not_timed():
     timings = interleave(cases, rounds=3, warmup=0, settle=1)
     assert order == ["slow", "slow", "other", "other"] * 3
     assert timings["slow"].p50 < 0.05 and timings["slow"].rounds == 3
+
+
+def test_no_case_meets_the_free_pages_of_another():
+    """Small blocks on the heap stay with the process when they are freed, above all under one that lives."""
+    sizes: list[int] = []
+    alive: list[bytes] = []
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def litter() -> None:
+        blocks = [b"x" * 50_000 for _ in range(2000)]
+        alive.append(b"y" * 50_000)
+        sizes.append(resident())
+        del blocks
+
+    interleave({"litter": litter, "next": lambda: sizes.append(resident())}, rounds=1, warmup=0, settle=1)
+    littered, settled = sizes[1:3]
+    assert littered - settled > 80_000_000
 
 
 def test_quantiles_of_a_timing():
