@@ -13,17 +13,13 @@
 namespace dynplan::kernels::DYNPLAN_ISA {
 
 // Rows of logits have to be dense and in full precision: they are read in short pieces, class by class. The
-// smallest windows cost less by taps, and where taps can take them so do others of scattered labels, unless
-// classes are many. (region_cross_entropy_pairs.h comes first.)
+// smallest windows cost less by taps.
 template <class T>
 bool takes_bands(const RegionCrossEntropyParams& p) {
   const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
-  bool square =
-      dense && p.merge == RegionMerge::logits && p.low[0] == 0 && p.size[1] == 1 && p.radius[1] == 0;
-  for (int axis = 0; axis < 3; ++axis) square = square && p.stride[axis] == 1;
+  bool square = is_stepless_image(p) && p.radius[0] == p.radius[2] && p.radius[2] != 1;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
-  square = square && p.radius[0] == p.radius[2] && p.radius[2] != 1;
-  return square && !(takes_taps(p) && p.classes <= kMostPaired && scattered<T>(p));
+  return dense && square && p.low[0] == 0;
 }
 
 template <class T, class Stage>

@@ -4,10 +4,8 @@
 
 #include <atomic>
 
-#include "kernels/region_cross_entropy_band.h"
 #include "kernels/region_cross_entropy_cpu.h"
-#include "kernels/region_cross_entropy_once.h"
-#include "kernels/region_cross_entropy_probs.h"
+#include "kernels/region_cross_entropy_method.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
@@ -147,64 +145,62 @@ UnitResults run_bands(const RegionCrossEntropyParams& p, const RegionCrossEntrop
 }
 
 template <class T>
-RegionBadLabel forward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                          Parallel parallel) {
-  if (p.merge == RegionMerge::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
-  if (takes_pairs<T>(p)) return run_forward<T, RegionForward<T, Pairs<T>>>(p, state, parallel);
-  if (takes_bands<T>(p)) {
+RegionBadLabel forward_by(Method method, const RegionCrossEntropyParams& p,
+                          const RegionCrossEntropyState& state, Parallel parallel) {
+  if (method == Method::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
+  if (method == Method::bands) {
     RegionBadLabel bad;
     run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
     return bad;
   }
-  if (takes_taps(p)) return run_forward<T, RegionForward<T, Taps<T>>>(p, state, parallel);
-  return run_forward<T, RegionForward<T, Pool<T>>>(p, state, parallel);
+  return with_windows<T>(method, [&]<class Windows>(std::type_identity<Windows>) {
+    return run_forward<T, RegionForward<T, Windows>>(p, state, parallel);
+  });
 }
 
 template <class T>
-void backward_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+void backward_by(Method method, const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                  const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  if (p.merge == RegionMerge::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
-  if (takes_pairs<T>(p)) return run_backward<T, RegionBackward<T, Pairs<T>>>(p, state, grad, parallel);
-  if (takes_bands<T>(p)) {
+  if (method == Method::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
+  if (method == Method::bands) {
     run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
     return;
   }
-  if (takes_taps(p)) return run_backward<T, RegionBackward<T, Taps<T>>>(p, state, grad, parallel);
-  run_backward<T, RegionBackward<T, Pool<T>>>(p, state, grad, parallel);
+  with_windows<T>(method, [&]<class Windows>(std::type_identity<Windows>) {
+    run_backward<T, RegionBackward<T, Windows>>(p, state, grad, parallel);
+  });
 }
 
 template <class T>
-UnitResults loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                              const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  const bool pairs = takes_pairs<T>(p);
-  if (!pairs && takes_bands<T>(p)) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
-  const auto march = [&](auto kernel_type) {
-    using Kernel = typename decltype(kernel_type)::type;
+UnitResults loss_and_gradient(Method method, const RegionCrossEntropyParams& p,
+                              const RegionCrossEntropyState& state, const RegionCrossEntropyGrad& grad,
+                              Parallel parallel) {
+  if (method == Method::bands) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
+  return with_windows<T>(method, [&]<class Windows>(std::type_identity<Windows>) {
+    using Kernel = RegionOnce<T, Windows>;
     UnitResults results(tiling_of<T, Kernel>(p).units());
     run_gradient<T, Kernel>(p, state, grad, parallel, [&](Kernel& kernel, int64_t unit) {
       results.set(unit, kernel.total(), kernel.bad());
     });
     return results;
-  };
-  if (pairs) return march(std::type_identity<RegionOnce<T, Pairs<T>>>());
-  if (takes_taps(p)) return march(std::type_identity<RegionOnce<T, Taps<T>>>());
-  return march(std::type_identity<RegionOnce<T, Pool<T>>>());
+  });
 }
 
 // region_cross_entropy_once.h where it applies, else forward and backward one after the other.
 template <class T>
-double once_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+double once_by(Method method, const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
                RegionCrossEntropyGrad grad, RegionBadLabel& bad, Parallel parallel) {
   const T one = 1;
   grad.grad_value = &one;
   const bool strided = p.stride[0] > 1 || p.stride[1] > 1 || p.stride[2] > 1;
   if (p.merge == RegionMerge::logits && p.label_smoothing == 0 && !strided && p.low[0] == 0) {
-    const PowerSum total = loss_and_gradient<T>(p, state, grad, parallel).template finish<T>(p, state, bad);
+    const PowerSum total =
+        loss_and_gradient<T>(method, p, state, grad, parallel).template finish<T>(p, state, bad);
     if (const double factor = once_factor(p, total); factor != 0) return factor;
   } else {
-    bad = forward_of<T>(p, state, parallel);
+    bad = forward_by<T>(method, p, state, parallel);
   }
-  backward_of<T>(p, state, grad, parallel);
+  backward_by<T>(method, p, state, grad, parallel);
   return 1;
 }
 
@@ -213,9 +209,9 @@ double once_of(const RegionCrossEntropyParams& p, const RegionCrossEntropyState&
 static RegionBadLabel forward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
                               Parallel parallel) {
   const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64) return forward_of<float>(p, state, parallel);
+  if (p.logit != RegionLogit::f64) return forward_by<float>(method_of<float>(p), p, state, parallel);
 #if DYNPLAN_VECTOR_BYTES == 16
-  return forward_of<double>(p, state, parallel);
+  return forward_by<double>(method_of<double>(p), p, state, parallel);
 #else
   return baseline::region_cross_entropy.forward(given, state, parallel);
 #endif
@@ -233,9 +229,10 @@ static RegionCrossEntropyGrad marched(RegionCrossEntropyGrad grad, const RegionC
 static void backward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
                      const RegionCrossEntropyGrad& given_grad, Parallel parallel) {
   const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64) return backward_of<float>(p, state, marched(given_grad, given), parallel);
+  if (p.logit != RegionLogit::f64)
+    return backward_by<float>(method_of<float>(p), p, state, marched(given_grad, given), parallel);
 #if DYNPLAN_VECTOR_BYTES == 16
-  backward_of<double>(p, state, marched(given_grad, given), parallel);
+  backward_by<double>(method_of<double>(p), p, state, marched(given_grad, given), parallel);
 #else
   baseline::region_cross_entropy.backward(given, state, given_grad, parallel);
 #endif
@@ -244,9 +241,10 @@ static void backward(const RegionCrossEntropyParams& given, const RegionCrossEnt
 static double once(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
                    const RegionCrossEntropyGrad& given_grad, RegionBadLabel& bad, Parallel parallel) {
   const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64) return once_of<float>(p, state, marched(given_grad, given), bad, parallel);
+  if (p.logit != RegionLogit::f64)
+    return once_by<float>(method_of<float>(p), p, state, marched(given_grad, given), bad, parallel);
 #if DYNPLAN_VECTOR_BYTES == 16
-  return once_of<double>(p, state, marched(given_grad, given), bad, parallel);
+  return once_by<double>(method_of<double>(p), p, state, marched(given_grad, given), bad, parallel);
 #else
   return baseline::region_cross_entropy.once(given, state, given_grad, bad, parallel);
 #endif

@@ -5,6 +5,7 @@
 #include "kernels/region_cross_entropy_anchors.h"
 #include "kernels/region_cross_entropy_march.h"
 #include "kernels/region_cross_entropy_pairs.h"
+#include "kernels/region_cross_entropy_taps.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 

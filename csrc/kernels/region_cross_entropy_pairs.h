@@ -3,42 +3,14 @@
 // of the other, so rows of values are kept pixel by pixel, and sums are turned back class by class.
 #pragma once
 
-#include "kernels/region_cross_entropy_taps.h"
+#include "kernels/region_cross_entropy_image.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
-
-// Whether labels change from pixel to pixel, going by some rows.
-template <class T>
-bool scattered(const RegionCrossEntropyParams& p) {
-  constexpr int64_t kApart = 32;
-  using Int = typename Simd<T>::Int;
-  LabelRows<T> rows(p);
-  Scratch<Int> memory;
-  Int* const row = memory.get(p.size[2]);
-  int64_t changes = 0, pixels = 0;
-  for (int64_t n = 0; n < p.batch; ++n)
-    for (int64_t d = smaller(kApart, p.size[0]) / 2; d < p.size[0]; d += kApart) {
-      rows.load(n, d, 0, 0, p.size[2], row);
-      for (int64_t x = 1; x < p.size[2]; ++x) changes += row[x] != row[x - 1];
-      pixels += p.size[2];
-    }
-  return 4 * changes > pixels;
-}
-
-// With fewer classes too many pixels agree, and vectors of classes are not full; with more so few do that
-// whole vectors of pixels cost less.
-inline constexpr int64_t kFewestPaired = 5, kMostPaired = 64;
-// Classes times taps of what taps do for less.
-inline constexpr int64_t kMostTerms = 1000;
 
 template <class T>
 bool takes_pairs(const RegionCrossEntropyParams& p) {
   constexpr bool kVectors = sizeof(T) == 4 && DYNPLAN_VECTOR_BYTES == 32;
-  const int64_t taps = (2 * p.radius[0] + 1) * (2 * p.radius[2] + 1);
-  const bool small = takes_taps(p) && taps * p.classes <= kMostTerms;
-  const bool image = is_stepless_image(p) && p.low[0] == 0 && taps > 1;
-  const bool classes = p.classes >= kFewestPaired && p.classes <= kMostPaired;
-  return kVectors && image && classes && !small && scattered<T>(p);
+  return kVectors && is_stepless_image(p) && p.low[0] == 0 && (p.radius[0] > 0 || p.radius[2] > 0);
 }
 
 // Rows of values of an image, pixel by pixel, in a ring. Pixels are padded to whole vectors of classes.
@@ -98,28 +70,22 @@ struct SetBits {
 inline constexpr SetBits kSetBits;
 
 template <class T>
-class Pairs {
+class Pairs : public ImageWindows<T> {
+  using Base = ImageWindows<T>;
+  using Base::classes_, Base::count_, Base::down_, Base::label_row_, Base::last_row_, Base::share_row_,
+      Base::shares_, Base::value_row_, Base::values_;
+
  public:
-  using S = Simd<T, kWideBytes>;
-  using V = typename S::V;
-  using M = typename S::M;
-  using Int = typename S::Int;
+  using typename Base::Int;
+  using typename Base::M;
+  using typename Base::S;
+  using typename Base::V;
   static constexpr bool kShares = true, kFinite = false, kKeeps = true;
 
-  static int64_t strip(const RegionCrossEntropyParams&) { return kRegionStrip; }
-
-  // As Taps'.
   Pairs(const RegionCrossEntropyParams& p, const Ring<Int>& labels, const Ring<T>& values, int64_t classes,
         const Ring<T>* shares = nullptr)
-      : down_(p.radius[0]),
-        across_(p.radius[2]),
-        last_row_(p.size[0] - 1),
-        labels_(labels),
-        values_(values),
-        shares_(shares),
-        classes_(classes),
-        pixels_(classes) {
-    for_taps<T>(p, [&](int y, int x, T weight, T part) {
+      : Base(p, labels, values, classes, shares), pixels_(classes) {
+    Base::for_taps(p, [&](int y, int x, T weight, T part) {
       if (x == 0 && y == 0) {
         own_part_ = part;
         return;
@@ -143,34 +109,24 @@ class Pairs {
       pixels_.load(d, values_.at(d, h, values_.box.begin[2]), values_.class_stride);
   }
 
+  // As Pool's.
   void aim(int64_t d, int64_t h, int64_t count, bool /*anchors*/) {
-    count_ = count;
-    for (int64_t j = 0; j < count + 2 * down_; ++j) {
-      const int64_t row = d + j - down_, inside = larger(0, smaller(last_row_, row));
-      label_row_[j] = labels_.at(row, h, labels_.box.begin[2]);
-      pixel_row_[j] = pixels_.row(inside);  // outside the image none agrees
-      if (shares_) share_row_[j] = shares_->at(inside, h, shares_->box.begin[2]);
-    }
+    this->aim_rows(d, h, count, [&](int64_t row) { return pixels_.row(row); });
     Tap* tap = taps_;
     for (int64_t i = 0; i < count; ++i)
       for (int t = 0; t < num_taps_; ++t) {
         const auto [y, x, weight, part] = window_[t];
-        *tap++ = {label_row_[i + y] + x, pixel_row_[i + y] + x * pixels_.stride(),
+        *tap++ = {label_row_[i + y] + x, value_row_[i + y] + x * pixels_.stride(),
                   shares_ ? share_row_[i + y] + x : nullptr, sums_of(i), weight};
       }
   }
 
-  // As Pool's.
   void run(int64_t column, const TileOutput<T>& out, V* totals) {
     if (shares_)
       add<true>(column, nullptr);
     else
       add<false>(column, totals);
     for (int64_t i = 0; i < count_; ++i) by_class(i, out.row[i], out.class_stride);
-  }
-
-  V agreement(int64_t i, int64_t column) const {
-    return count_agreeing<S>(label_row_ + i, down_, across_, column);
   }
 
  private:
@@ -204,7 +160,7 @@ class Pairs {
     const M valid = S::load(label_row_[i + down_] + column) >= 0;
     alignas(64) T share[S::lanes];
     if constexpr (kGather) S::store(share, S::masked(valid, S::load(share_row_[i + down_] + column)));
-    const T* const here = pixel_row_[i + down_] + column * stride;
+    const T* const here = value_row_[i + down_] + column * stride;
     for (int lane = 0; lane < S::lanes; ++lane)
       for (int64_t c = lane * stride; c < (lane + 1) * stride; c += N::lanes)
         N::store(sums + c, kGather ? share[lane] * N::load(here + c)
@@ -270,13 +226,7 @@ class Pairs {
       }
   }
 
-  static constexpr int kAcross = 2 * kRegionMaxRadius + 1, kRowsMost = kRegionStrip + 2 * kRegionMaxRadius;
-  const int down_, across_;  // radii
-  const int64_t last_row_;
-  const Ring<Int>& labels_;
-  const Ring<T>& values_;
-  const Ring<T>* const shares_;
-  const int64_t classes_;
+  static constexpr int kAcross = 2 * kRegionMaxRadius + 1;
   PixelRows<T> pixels_;
   Scratch<T> sums_;  // of a tile, pixel by pixel
   Scratch<uint16_t> found_;
@@ -284,10 +234,6 @@ class Pairs {
   WindowTap window_[kAcross * kAcross];
   Tap taps_[kRegionStrip * kAcross * kAcross];
   T own_part_ = 0;  // the centre's
-  int64_t count_ = 0;
-  const Int* label_row_[kRowsMost] = {};
-  const T* pixel_row_[kRowsMost] = {};
-  const T* share_row_[kRowsMost] = {};
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

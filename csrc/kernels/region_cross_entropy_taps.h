@@ -8,76 +8,43 @@
 // Every lane of every tap is multiplied: values have to be finite where pixels do not count.
 #pragma once
 
-#include "kernels/region_cross_entropy_pool.h"
+#include "kernels/region_cross_entropy_image.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
 inline constexpr int kMostTapped = kVectorMasks ? 3 : 1;
-
-// Whether it is of an image, and all of its pixels are centres.
-inline bool is_stepless_image(const RegionCrossEntropyParams& p) {
-  const bool flat = p.size[1] == 1 && p.radius[1] == 0;
-  return flat && p.stride[0] == 1 && p.stride[1] == 1 && p.stride[2] == 1;
-}
 
 inline bool takes_taps(const RegionCrossEntropyParams& p) {
   const int r = p.radius[2];
   return is_stepless_image(p) && p.radius[0] == r && r >= 1 && r <= kMostTapped;
 }
 
-// Calls f(y, x, weight, part) for the pixels of an image's windows; `part` is what one adds to the
-// normaliser.
-template <class T, class F>
-void for_taps(const RegionCrossEntropyParams& p, F f) {
-  for (int y = -p.radius[0]; y <= p.radius[0]; ++y)
-    for (int x = -p.radius[2]; x <= p.radius[2]; ++x) {
-      const double down = p.axis_weight[0][std::abs(y)], across = p.axis_weight[2][std::abs(x)];
-      const T weight = static_cast<T>(down < across ? down : across);
-      f(y, x, weight, p.normalize == RegionNormalize::count ? T(1) : weight);
-    }
-}
-
-// Number of agreeing pixels of a vector of centres; `label_rows`: those that their windows reach.
-template <class S>
-typename S::V count_agreeing(const typename S::Int* const* label_rows, int down, int across, int64_t column) {
-  const typename S::M own = S::load(label_rows[down] + column);
-  typename S::V sum{};
-  for (int y = 0; y <= 2 * down; ++y)
-    for (int x = -across; x <= across; ++x)
-      sum += S::masked((S::load(label_rows[y] + column + x) == own) & (own >= 0), S::fill(1));
-  return sum;
-}
-
 template <class T>
-class Taps {
+class Taps : public ImageWindows<T> {
+  using Base = ImageWindows<T>;
+  using Base::classes_, Base::count_, Base::down_, Base::label_row_, Base::share_row_, Base::shares_,
+      Base::value_row_, Base::values_;
+
  public:
-  using S = Simd<T, kWideBytes>;
-  using V = typename S::V;
-  using M = typename S::M;
-  using Int = typename S::Int;
+  using typename Base::Int;
+  using typename Base::M;
+  using typename Base::S;
+  using typename Base::V;
   static constexpr bool kShares = true, kFinite = true, kKeeps = false;
 
-  static int64_t strip(const RegionCrossEntropyParams&) { return kRegionStrip; }
-
-  // `shares`, if not null, are factors of the values of all classes, in a ring of the values' columns.
   Taps(const RegionCrossEntropyParams& p, const Ring<Int>& labels, const Ring<T>& values, int64_t classes,
        const Ring<T>* shares = nullptr)
-      : radius_(p.radius[2]),
-        last_row_(p.size[0] - 1),
-        labels_(labels),
-        values_(values),
-        shares_(shares),
-        classes_(classes) {
+      : Base(p, labels, values, classes, shares) {
     int tap = 0;
-    for_taps<T>(p, [&](int, int, T weight, T part) {
+    Base::for_taps(p, [&](int, int, T weight, T part) {
       weight_[tap] = weight;
       part_[tap++] = part;
       whole_ += part;
     });
-    for (int e = 0; e <= radius_; ++e) {
+    for (int e = 0; e <= down_; ++e) {
       const double* weight = p.axis_weight[2];
       nested_ = nested_ && weight[e] == p.axis_weight[0][e];
-      step_[e] = static_cast<T>(weight[e] - (e < radius_ ? weight[e + 1] : 0));
+      step_[e] = static_cast<T>(weight[e] - (e < down_ ? weight[e + 1] : 0));
     }
   }
 
@@ -86,29 +53,17 @@ class Taps {
     return Taps(p, labels, values, classes, &shares);
   }
 
-  // Centres are in the `count` rows (d + i, h).
+  // As Pool's.
   void aim(int64_t d, int64_t h, int64_t count, bool /*anchors*/) {
-    count_ = count;
-    for (int64_t j = 0; j < count + 2 * radius_; ++j) {
-      // Rows outside the image agree with none, but are multiplied too: the nearest stands for them.
-      const int64_t row = d + j - radius_, inside = larger(0, smaller(last_row_, row));
-      label_row_[j] = labels_.at(row, h, labels_.box.begin[2]);
-      value_row_[j] = values_.at(inside, h, values_.box.begin[2]);
-      if (shares_) share_row_[j] = shares_->at(inside, h, shares_->box.begin[2]);
-    }
+    this->aim_rows(d, h, count, [&](int64_t row) { return values_.at(row, h, values_.box.begin[2]); });
   }
 
-  // As Pool's.
   void run(int64_t column, const TileOutput<T>& out, V* totals) {
     if constexpr (kMostTapped > 1) {
-      if (radius_ == 2) return tile<2>(column, out, totals);
-      if (radius_ == 3) return tile<3>(column, out, totals);
+      if (down_ == 2) return tile<2>(column, out, totals);
+      if (down_ == 3) return tile<3>(column, out, totals);
     }
     tile<1>(column, out, totals);
-  }
-
-  V agreement(int64_t i, int64_t column) const {
-    return count_agreeing<S>(label_row_ + i, radius_, radius_, column);
   }
 
  private:
@@ -256,21 +211,11 @@ class Taps {
       }
   }
 
-  static constexpr int kAcrossMost = 2 * kMostTapped + 1, kRowsMost = kRegionStrip + 2 * kMostTapped;
-  const int radius_;
-  const int64_t last_row_;
-  const Ring<Int>& labels_;
-  const Ring<T>& values_;
-  const Ring<T>* const shares_;
-  const int64_t classes_;
+  static constexpr int kAcrossMost = 2 * kMostTapped + 1;
   V weights_[kRegionStrip * kAcrossMost * kAcrossMost];  // of the centres at hand, row by row
   T weight_[kAcrossMost * kAcrossMost], part_[kAcrossMost * kAcrossMost];  // of a tap, and of the normaliser
   bool nested_ = true;                   // whether both axes have one set of weights: nested boxes,
   T step_[kMostTapped + 1], whole_ = 0;  // of these weights; the normaliser of a whole window
-  int64_t count_ = 0;
-  const Int* label_row_[kRowsMost] = {};
-  const T* value_row_[kRowsMost] = {};
-  const T* share_row_[kRowsMost] = {};
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA
