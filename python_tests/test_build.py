@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def fake_compiler(tmp_path, version):
     script.write_text(f'#!/bin/sh\n[ "$1" = -dumpversion ] && echo {version} || echo "g++ {version}"\n')
     script.chmod(0o755)
     return str(script)
+
+
+def test_a_source_distribution_holds_every_source(tmp_path):
+    files = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "version.txt"]
+    for name in files:
+        shutil.copy(ROOT / name, tmp_path)
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
+    for folder in ("csrc", "dynplan"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("dist/*.tar.gz"))) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    files += [str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*") if f.is_file()]
+    files += [str(f.relative_to(ROOT)) for f in ROOT.glob("dynplan/**/*.py")]
+    assert not set(files) - held
 
 
 def test_missing_torch(tmp_path):
