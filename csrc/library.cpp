@@ -1,13 +1,15 @@
-// dynplan._C: loading this module registers every op; Python sees no symbol but the init function.
+// dynplan._C: loading this module registers every op. Of Python's own objects it knows those of object_checks.h.
 #include <Python.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <string>
 
+#include "python/object_checks.h"
+
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   static struct PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, dynplan::object_checks, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }
 

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 from dynplan import _library, nn, ops, policies
 
 if TYPE_CHECKING:
-    from dynplan.integrations.capture import capture
-    from dynplan.integrations.checkpoint import from_pretrained
-    from dynplan.integrations.transformers import swap, unswap
+    from dynplan.integrations.huggingface.cuda_graph import capture
+    from dynplan.integrations.huggingface.swap import from_pretrained
+    from dynplan.integrations.huggingface.swap import swap, unswap
 
 __version__ = _library.build_info()["version"]
 __all__ = ["capture", "from_pretrained", "nn", "ops", "policies", "swap", "unswap"]
 
 # Loaded on first use: transformers takes longer to import than all of dynplan.
 _LAZY = {
-    "capture": "dynplan.integrations.capture",
-    "from_pretrained": "dynplan.integrations.checkpoint",
-    "swap": "dynplan.integrations.transformers",
-    "unswap": "dynplan.integrations.transformers",
+    "capture": "dynplan.integrations.huggingface.cuda_graph",
+    "from_pretrained": "dynplan.integrations.huggingface.swap",
+    "swap": "dynplan.integrations.huggingface.swap",
+    "unswap": "dynplan.integrations.huggingface.swap",
 }
 
 

@@ -15,7 +15,7 @@ from integrations.test_capture import RerunGraph
 from PIL import Image
 
 from dynplan.benchmarking import Timing
-from dynplan.integrations import capture as capturing
+from dynplan.integrations.huggingface import cuda_graph as capturing
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))

@@ -9,7 +9,6 @@ void bind_pack(pybind11::module_& m);
 void bind_build_dispatch(pybind11::module_& m);
 void bind_embed_tokens(pybind11::module_& m);
 void bind_conditional_encoder_layer(pybind11::module_& m);
-void bind_entries(pybind11::module_& m);
 void bind_region_cross_entropy(pybind11::module_& m);
 
 }  // namespace dynplan

@@ -34,6 +34,5 @@ PYBIND11_MODULE(_native, m) {
   dynplan::bind_build_dispatch(m);
   dynplan::bind_embed_tokens(m);
   dynplan::bind_conditional_encoder_layer(m);
-  dynplan::bind_entries(m);
   dynplan::bind_region_cross_entropy(m);
 }

@@ -31,7 +31,7 @@ TORCH_LIBRARY_FRAGMENT(dynplan, m) {
       "encode_tokens(Tensor input_ids, Tensor? attention_mask, Tensor? token_type_ids, Tensor word, "
       "Tensor type, Tensor position, Tensor norm_weight, Tensor norm_bias, float norm_eps, "
       "int? padding_idx, Tensor? keep, Tensor[] packed_weights, int num_heads, str activation, float eps, "
-      "bool reads_first, int? watch) -> Tensor",
+      "bool reads_first) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

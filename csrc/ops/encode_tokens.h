@@ -4,13 +4,12 @@
 //       norm_eps, padding_idx?: as embed_tokens,
 //       keep? bool (B, L), packed_weights[L], num_heads, activation, eps: as build_dispatch and
 //       conditional_encoder,
-//       reads_first, watch?)
+//       reads_first)
 //     -> (B, S, H) float32, zeros at padding
 //
 // A whole planned forward: embed_tokens, build_dispatch, conditional_encoder and unpack, with their bits, and
 // nothing between them that a short text would wait for. No keep: every layer for every sample. reads_first:
-// raises unless position 0 is a token in every sample that has one. watch: raises if what it watches has
-// changed.
+// raises unless position 0 is a token in every sample that has one.
 //
 // CPU, float32 tables, inference.
 #pragma once

@@ -34,7 +34,6 @@ def encode_tokens(
     activation: str = "gelu",
     eps: float = 1e-12,
     reads_first: bool = False,
-    watch: int | None = None,
 ) -> Tensor:
     """Last hidden states of every sample along its own path. CPU and inference only: no gradient.
 
@@ -51,15 +50,13 @@ def encode_tokens(
         num_heads, activation, eps: as for :func:`~dynplan.ops.conditional_encoder`.
         reads_first: whether position 0 is going to be read: then it has to be a token in every sample that
             has one.
-        watch: ``number()`` of a ``torch.classes.dynplan.WeightWatch(tensors)``, which is asked whether what
-            it watches is unchanged.
 
     Returns:
         (B, S, H) float32, zeros at padding.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit; a mask entry other than 0 and 1;
-            padding that ``reads_first`` forbids; tensors of ``watch`` that have been written to or moved.
+            padding that ``reads_first`` forbids.
         IndexError: an id or a position outside its table.
     """
     return _encode_tokens(
@@ -79,7 +76,6 @@ def encode_tokens(
         activation,
         eps,
         reads_first,
-        watch,
     )
 
 
@@ -101,7 +97,6 @@ def _encode_tokens_fake(
     activation,
     eps,
     reads_first,
-    watch,
 ) -> Tensor:
     torch._check_value(
         input_ids.dim() == 2,

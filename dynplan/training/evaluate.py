@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from dynplan.benchmarking import interleave
-from dynplan.integrations.transformers import swap, unswap
+from dynplan.integrations.huggingface.swap import swap, unswap
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.training.data import EncodedDataset, InputError, Task
 from dynplan.training.predict import beside, make_batches, predict

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dynplan
-from dynplan.integrations import capture as capturing
+from dynplan.integrations.huggingface import cuda_graph as capturing
 from dynplan.integrations import encoder as planned
 from dynplan.policies import Policy, RandomPath
 

@@ -14,7 +14,6 @@
 #include "ops/cpu/embed_tokens.h"
 #include "ops/cpu/encoder_phases.h"
 #include "ops/cpu/parallel.h"
-#include "ops/weight_watch.h"
 
 namespace dynplan {
 namespace {
@@ -126,9 +125,7 @@ at::Tensor encode_tokens_cpu(const at::Tensor& input_ids, const std::optional<at
                              const at::Tensor& norm_weight, const at::Tensor& norm_bias, double norm_eps,
                              std::optional<int64_t> padding_idx, const std::optional<at::Tensor>& keep,
                              at::TensorList packed_weights, int64_t num_heads, c10::string_view activation,
-                             double eps, bool reads_first, std::optional<int64_t> watch) {
-  TORCH_CHECK_VALUE(!watch || weights_unchanged("encode_tokens", *watch),
-                    "encode_tokens: expected watched tensors as they were, got others");
+                             double eps, bool reads_first) {
   return encode(check_encode_tokens({"encode_tokens", input_ids, attention_mask, token_type_ids, word, type,
                                      position, norm_weight, norm_bias, norm_eps, padding_idx},
                                     keep, packed_weights, num_heads, activation, eps, reads_first));

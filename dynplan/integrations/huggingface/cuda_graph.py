@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from dynplan.integrations.controller import Controller
-from dynplan.integrations.encoder import FUSED_DTYPES, plan_upfront
+from dynplan.integrations.huggingface.controller import Controller
+from dynplan.integrations.huggingface.fast_path import offsets_of
+from dynplan.integrations.huggingface.plans import plan_upfront
 from dynplan.policies import PlanRequest, Policy
 
 # Graphs kept at a time. Each distinct budget of a planner takes one; beyond that some are recorded again.
@@ -65,7 +66,7 @@ class CapturedModel:
             raise TypeError(
                 f"capture: expected a swapped model, got {type(model).__name__}; call dynplan.swap(model)"
             )
-        limit = _longest(model)
+        limit = model.dynplan.longest
         if max_length > limit:
             raise ValueError(
                 f"capture: expected max_length to be at most the model's {limit}, got {max_length}"
@@ -111,7 +112,7 @@ class CapturedModel:
             if not recording.policy.reads_hidden:
                 self._plan_outside(batch_size, length)
             output, plan = recording.graph.replay()
-            self.model.dynplan.note_plan(plan[:batch_size].clone())
+            self.model.dynplan.note(plan[:batch_size].clone())
             return _cut(output, batch_size, length)
 
     @torch.no_grad()
@@ -182,13 +183,11 @@ class CapturedModel:
         """Lets a policy that reads no hidden states plan the real batch, as it would without a graph."""
         controller = self.model.dynplan
         mask = self._inputs["attention_mask"][:batch_size, :length]
-        cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=self._device)
-        cu_seqlens[1:] = (mask != 0).sum(1).cumsum(0)
         request = PlanRequest(
             batch_size,
             controller.num_layers,
             hidden=self._plan.new_empty((0, 0), dtype=torch.float32),
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=offsets_of(mask),
             budget=controller.budget,
             input_ids=self._inputs["input_ids"][:batch_size, :length],
             attention_mask=mask,
@@ -200,8 +199,7 @@ class CapturedModel:
         """The graph for the present policy, budget and weights; recorded where there is none yet."""
         controller = self.model.dynplan
         policy = controller.policy
-        weights = controller.packed_weights()
-        self._check_fused(weights)
+        weights = self._weights()
         key = (id(policy), controller.budget, getattr(policy, "budget", None)) if policy.reads_hidden else ()
         recording = self._graphs.pop(key, None)
         if recording is None or not recording.holds(weights):
@@ -211,17 +209,13 @@ class CapturedModel:
             self._graphs.popitem(last=False)
         return recording
 
-    def _check_fused(self, weights: list[Tensor] | None) -> None:
-        if weights is None:
+    def _weights(self) -> list[Tensor]:
+        state = self.model.dynplan.state()
+        if state.why_not_fused is not None:
             raise NotImplementedError(
-                "capture: expected plain layers, got one with an adapter or a hook, whose work depends on "
-                "sizes that only the host knows; merge or remove it"
+                f"capture: expected layers for the kernels, got some that are not: {state.why_not_fused}"
             )
-        dtype = next(self.model.parameters()).dtype
-        if dtype not in FUSED_DTYPES["cuda"]:
-            raise NotImplementedError(
-                f"capture: expected a model in one of {FUSED_DTYPES['cuda']}, got {dtype}"
-            )
+        return state.packed()
 
     def _forward(self, policy: Policy) -> tuple[Any, Tensor]:
         controller = self.model.dynplan
@@ -340,12 +334,6 @@ def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"capture: expected {name} to be a positive integer, got {value!r}")
     return value
-
-
-def _longest(model: nn.Module) -> int:
-    """Tokens of a sample that the model's position embeddings have room for."""
-    table = getattr(model, model.base_model_prefix, model).embeddings.position_embeddings
-    return table.num_embeddings if table.padding_idx is None else table.num_embeddings - table.padding_idx - 1
 
 
 def _cut(value: Any, batch_size: int, length: int) -> Any:

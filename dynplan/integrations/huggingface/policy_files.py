@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from dynplan.integrations.controller import Controller
+from dynplan.integrations.huggingface.controller import Controller
 from dynplan.policies import Policy, check_budget, policy_from_config
 
 DESCRIPTION = "dynplan.json"
@@ -113,40 +113,6 @@ def load_policy(folder: str | os.PathLike) -> tuple[Policy, float | None]:
         _load_weights(planner, folder / WEIGHTS, description["weights_sha256"])
     budget = description["budget"]
     return policy, None if budget is None else check_budget("load_policy", budget)
-
-
-def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **options: Any) -> nn.Module:
-    """Load a swapped model that ``save_pretrained`` wrote: weights, policy, planner and budget.
-
-    Args:
-        folder: a local folder.
-        weights: for :func:`~dynplan.swap`. It is not saved with the model: it suits the machine that runs it.
-        **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...).
-
-    Returns:
-        The swapped model in evaluation mode.
-
-    Raises:
-        FileNotFoundError: no such folder, or the model in it was not saved swapped.
-        ValueError: the policy's files are damaged.
-    """
-    import transformers
-
-    from dynplan.integrations.transformers import swap
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"from_pretrained: expected a local folder, got {str(folder)!r}")
-    policy, budget = load_policy(folder)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = config.architectures or ["none"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise ValueError(
-            f"from_pretrained: expected a model class of transformers in config.json, got {names[0]}"
-        )
-    model = swap(model_class.from_pretrained(folder, **options), policy, weights=weights)
-    model.dynplan.budget = budget
-    return model
 
 
 def _load_weights(planner: nn.Module, path: Path, expected: str) -> None:

@@ -1,0 +1,18 @@
+// Whether Python objects are as they were, asked of many at once.
+//
+// A swapped model asks before each forward. The weights streamed before have left nothing of Python's in
+// cache, and 528 look-ups of one short text's model took 0.25 ms through Python's own built-ins. Here the
+// objects to come are prefetched.
+#pragma once
+
+#include <Python.h>
+
+namespace dynplan {
+
+// types_are(objects, types): type(objects[i]) is types[i] for all i.
+// sizes_are(dicts, sizes): len(dicts[i]) == sizes[i] for all i.
+// entries_are(dicts, keys, values): dicts[i].get(keys[i]) is values[i] for all i.
+// All arguments are tuples of one length.
+extern PyMethodDef object_checks[];
+
+}  // namespace dynplan

@@ -1,0 +1,1 @@
+"""Hugging Face encoders under a dynplan policy; :mod:`.swap` is the way in."""

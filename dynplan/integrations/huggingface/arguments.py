@@ -1,0 +1,126 @@
+"""What a swapped forward is given: checked, and explained where it was wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynplan.integrations.huggingface.families import EmbeddingParts
+
+# Arguments that change nothing in an encoder's forward: a decoder's, and those of losses and tokenizers.
+_HARMLESS = frozenset(("use_cache", "num_items_in_batch", "special_tokens_mask"))
+_POSITIONAL = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+def check_options(
+    rest: tuple[Any, ...], options: dict[str, Any], output_attentions: Any, output_hidden_states: Any
+) -> None:
+    """Refuse what would have to come out wrong.
+
+    Raises:
+        TypeError: more positional arguments than :data:`_POSITIONAL`.
+        NotImplementedError: any other argument, with the reason.
+    """
+    if rest:
+        raise TypeError(
+            f"dynplan: expected arguments after {_POSITIONAL} by keyword, got {len(rest)} by position"
+        )
+    for name, value in options.items():
+        if name not in _HARMLESS and value is not None and value is not False:
+            raise NotImplementedError(
+                f"dynplan: expected no argument {name}, got one; call dynplan.unswap(model) to use it"
+            )
+    if output_attentions:
+        raise NotImplementedError(
+            "dynplan: expected output_attentions=False, got True; attention is computed in tiles "
+            "that are never written down, and a bypassed sample has none"
+        )
+    if not isinstance(output_hidden_states, bool):
+        raise NotImplementedError(
+            f"dynplan: expected output_hidden_states to be a bool, got {output_hidden_states!r}"
+        )
+
+
+def check_mask(mask: Tensor, batch_size: int, length: int) -> Tensor:
+    """The mask as integers or bools ``(B, S)``; one row for all samples is repeated."""
+    expected = f"expected attention_mask of shape (B, S) = ({batch_size}, {length})"
+    if mask.dim() != 2:
+        raise NotImplementedError(
+            f"dynplan: {expected}, got {tuple(mask.shape)}; a mask per query or head cannot be packed"
+        )
+    if mask.shape == (1, length):
+        mask = mask.expand(batch_size, length)
+    if mask.shape != (batch_size, length):
+        raise ValueError(f"dynplan: {expected}, got {tuple(mask.shape)}")
+    if mask.is_floating_point():
+        whole = mask.to(torch.int32)
+        if mask.device.type == "cpu" and not torch.equal(whole.to(mask.dtype), mask):
+            raise ValueError("dynplan: expected attention_mask of 0 and 1, got other values")
+        mask = whole
+    return mask
+
+
+def check_first(mask: Tensor) -> None:
+    """The first position is read as a sample's summary; packed, there is nothing there but tokens."""
+    first = mask.select(1, 0) if mask.shape[1] else mask.any(1)
+    if mask.device.type != "cpu":
+        torch._assert_async((first.bool() | ~mask.any(1)).all())
+    elif not first.all():
+        wrong = (~first.bool() & mask.any(1)).nonzero().flatten()
+        if wrong.numel():
+            raise NotImplementedError(
+                "dynplan: expected attention_mask to keep the first token of every sample, since this "
+                f"model reads its summary there, got padding in sample {int(wrong[0])}; pad on the right"
+            )
+
+
+def explain(
+    cause: Exception, embeddings: nn.Module, parts: EmbeddingParts, inputs: tuple[Tensor | None, ...]
+) -> None:
+    """Raise an error that names the argument the embeddings choked on, if it is one of the usual ones."""
+    input_ids, _, token_type_ids, position_ids, inputs_embeds = inputs
+    given = input_ids if input_ids is not None else inputs_embeds
+    position = getattr(embeddings, parts.position)
+    if not all(isinstance(getattr(table, "weight", None), Tensor) for table in (position,)):
+        return
+    tables = (
+        ("input_ids", input_ids, getattr(embeddings, parts.word)),
+        ("token_type_ids", token_type_ids, getattr(embeddings, parts.token_type)),
+        ("position_ids", position_ids, position),
+    )
+    for name, ids, table in tables:
+        if ids is None or not isinstance(table, nn.Embedding):
+            continue
+        if ids.device != table.weight.device:
+            raise ValueError(
+                f"dynplan: expected {name} on {table.weight.device}, got {ids.device}"
+            ) from cause
+        if not ids.numel() or ids.device.type != "cpu":
+            continue
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise TypeError(f"dynplan: expected {name} to be integer, got {ids.dtype}") from cause
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= table.num_embeddings:
+            found = low if low < 0 else high
+            raise IndexError(
+                f"dynplan: expected {name} within 0..{table.num_embeddings - 1}, got {found}"
+            ) from cause
+        if ids.dim() != 2 or (name == "token_type_ids" and ids.shape != given.shape[:2]):
+            raise ValueError(
+                f"dynplan: expected {name} of shape (B, S) as the other inputs, got {tuple(ids.shape)}"
+            ) from cause
+    usable = longest(embeddings, parts)
+    if position_ids is None and given.dim() >= 2 and given.shape[1] > usable:
+        name = "input_ids" if input_ids is not None else "inputs_embeds"
+        raise ValueError(
+            f"dynplan: expected {name} of at most {usable} tokens per sample, got {given.shape[1]}"
+        ) from cause
+
+
+def longest(embeddings: nn.Module, parts: EmbeddingParts) -> int:
+    """Tokens of a sample that the position embeddings have room for."""
+    table = getattr(embeddings, parts.position)
+    offset = table.padding_idx
+    return table.num_embeddings - (0 if offset is None else offset + 1)

@@ -1,0 +1,168 @@
+"""The encoder by its own modules: exact whatever hangs on them, differentiable, slower than the kernels.
+
+Packed where only linear modules differ from the original's (adapters), or where gradients or dropout are
+wanted: each layer runs on the rows of those who take it. Padded where anything else does: each layer is
+called as the original calls it, on all samples, and those who bypass it keep what they had.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+
+from dynplan.integrations.huggingface.encoder_state import EncoderState
+from dynplan.integrations.huggingface.families import Family
+from dynplan.integrations.huggingface.plans import Decisions, taken
+from dynplan.integrations.huggingface.snapshot import own_forward
+from dynplan.ops import pack
+from dynplan.ops.build_dispatch import Dispatch, build_dispatch
+from dynplan.ops.conditional_encoder_layer import ActiveSizes, active_sizes, attend_packed
+
+
+def run_packed(
+    state: EncoderState, family: Family, hidden: Tensor, decide: Decisions, collect: bool
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Run all layers on packed rows ``(T, H)``; their states, and those between layers if asked for."""
+    offsets, capacity = decide.request.cu_seqlens, hidden.shape[0]
+    ahead = decide.taken()
+    # Shapes depend on the sizes, which the host reads back: once where it can, else once a layer.
+    steps = None if ahead is None else _Step.of_all(build_dispatch(ahead, offsets, capacity))
+    states = [hidden] if collect else None
+    for index, layer in enumerate(state.layers):
+        keep, gate = decide(index, lambda: hidden)  # noqa: B023  called at once
+        step = steps[index] if steps else _Step.of(build_dispatch(taken(keep, gate), offsets, capacity))
+        share = None if gate is None else gate.index_select(0, _samples_of(step.rows, offsets))
+        hidden = _bypass(layer, family, hidden, step, share)
+        if collect:
+            states.append(hidden)
+    return hidden, states
+
+
+class _Step(NamedTuple):
+    """One layer's dispatch, with the sizes that the host needs.
+
+    Attributes:
+        rows: ``(N,)``, the active rows.
+        cu_seqlens: of the active samples.
+        sizes: of both.
+    """
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    sizes: ActiveSizes
+
+    @classmethod
+    def of(cls, dispatch: Dispatch) -> _Step:
+        sizes = active_sizes(dispatch.cu_seqlens.tolist())
+        return cls(dispatch.rows[: sizes.rows], dispatch.cu_seqlens, sizes)
+
+    @classmethod
+    def of_all(cls, dispatch: Dispatch) -> list[_Step]:
+        sizes = [active_sizes(offsets) for offsets in dispatch.cu_seqlens.tolist()]
+        return [
+            cls(dispatch.rows[layer, : of_layer.rows], dispatch.cu_seqlens[layer], of_layer)
+            for layer, of_layer in enumerate(sizes)
+        ]
+
+
+def _samples_of(rows: Tensor, offsets: Tensor) -> Tensor:
+    """The sample of each packed row."""
+    return torch.searchsorted(offsets[1:], rows, right=True)
+
+
+def _bypass(
+    layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None
+) -> Tensor:
+    """``layer`` on the active rows, mixed by ``share`` ``(N,)``; all other rows as they came."""
+    if not step.sizes.rows:
+        return hidden
+    inside = hidden.index_select(0, step.rows)
+    attention = layer.get_submodule(family.parts.attention)
+    dropout = attention.dropout.p if attention.training else 0.0
+    heads = attention.num_attention_heads
+
+    def attend(*parts: Tensor) -> Tensor:
+        return attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout)
+
+    run = partial(family.parts.forward, layer, attend=attend)
+    if layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False):
+        outside = layer._gradient_checkpointing_func(run, inside)
+    else:
+        outside = run(inside)
+    outside = outside.to(hidden.dtype)
+    if share is not None:
+        share = share.unsqueeze(1).to(hidden.dtype)
+        outside = share * outside + (1 - share) * inside
+    return hidden.index_copy(0, step.rows.long(), outside)
+
+
+def run_padded(
+    state: EncoderState,
+    family: Family,
+    config: object,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    decide: Decisions,
+    collect: bool,
+) -> tuple[Tensor, list[Tensor] | None]:
+    """Run all layers on padded states ``(B, S, H)``, as the original's own loop would call them.
+
+    Returns:
+        States after the last layer and, if asked for, before each and after the last; zeros at padding.
+
+    Raises:
+        NotImplementedError: the loop itself is not the original's, and the plan bypasses a layer.
+    """
+    states = [hidden] if collect else None
+
+    def loop(hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object) -> BaseModelOutput:
+        for index, layer in enumerate(state.layers):
+            hidden_states = _keep(layer, index, hidden_states, attention_mask)
+            if collect:
+                states.append(hidden_states)
+        return BaseModelOutput(last_hidden_state=hidden_states)
+
+    def _keep(layer: nn.Module, index: int, before: Tensor, mask: Tensor | None) -> Tensor:
+        keep, gate = decide(index, lambda: _packed(before, attention_mask))
+        computed = taken(keep, gate)
+        if computed.is_cpu and not torch.compiler.is_compiling() and not computed.any():
+            return before
+        after = layer(before, mask)
+        after = after[0] if isinstance(after, tuple) else after
+        if gate is not None:
+            gate = gate.view(-1, 1, 1).to(before.dtype)
+            return gate * after + (1 - gate) * before
+        return torch.where(keep.view(-1, 1, 1), after, before)
+
+    run: Callable = loop
+    if not own_forward(state.stack, family.named(family.stack[1])):
+        if type(state.stack).forward is family.named(family.stack[1]).forward:
+            # Its hooks are called round our loop, on a stand-in that shares them.
+            run = copy.copy(state.stack)
+            run.forward = loop
+        elif collect or decide.taken() is None or not decide.plan.all():
+            raise NotImplementedError(
+                f"dynplan: expected {family.prefix}{family.stack[1]}'s own forward under a plan that bypasses "
+                f"layers, got {type(state.stack).__name__}'s, whose loop over the layers cannot be planned"
+            )
+        else:
+            run = state.stack
+    mask = create_bidirectional_mask(config, hidden, attention_mask)
+    last = run(hidden, attention_mask=mask).last_hidden_state
+    if attention_mask is None:
+        return last, states
+    padding = attention_mask.unsqueeze(-1) == 0
+    if collect:
+        states = [states[0], *(state.masked_fill(padding, 0) for state in states[1:])]
+    return last.masked_fill(padding, 0), states
+
+
+def _packed(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return hidden.flatten(0, 1) if attention_mask is None else pack(hidden, attention_mask).hidden

@@ -1,0 +1,106 @@
+"""A swapped encoder's forward in one op, where nothing stands in its way.
+
+One short text leaves no more than its weights in the caches, and whatever is looked at between two forwards
+is waited for. So what may not have changed is asked for as a whole
+(:class:`~dynplan.integrations.huggingface.encoder_state.EncoderState`), and what remains of the forward is one
+call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynplan.integrations.huggingface.encoder_state import EncoderState
+from dynplan.integrations.huggingface.plans import plan_upfront
+from dynplan.ops.encode_tokens import encode_tokens
+from dynplan.policies import KeepAll, PlanRequest, Policy
+
+
+def run_fast(
+    state: EncoderState,
+    policy: Policy,
+    budget: float | None,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    reads_first: bool,
+) -> tuple[Tensor, Tensor | tuple[int, int]] | None:
+    """Last hidden states ``(B, S, H)`` and the plan, or the plan's shape where every layer is kept.
+
+    Args:
+        state: of an encoder whose layers and embeddings the kernels can stand for.
+        policy, budget: decide the plan.
+        input_ids, attention_mask, token_type_ids: see the original model's forward.
+        reads_first: whether the state at position 0 is read.
+
+    Returns:
+        None where the way op by op has to be taken, or to explain an error.
+    """
+    if (
+        policy.reads_hidden
+        or policy.stepwise
+        or type(input_ids) is not Tensor
+        or not input_ids.is_cpu
+        or input_ids.dim() != 2
+        or state.projection is not None
+        or state.embeddings[0].dtype != torch.float32
+        or (attention_mask is not None and not _is_mask(attention_mask, input_ids))
+    ):
+        return None
+    keep = None
+    if type(policy) is not KeepAll or budget is not None:
+        keep = plan_upfront(policy, _RequestAhead(state, budget, input_ids, attention_mask))
+    reading = state.reading
+    try:
+        hidden = encode_tokens(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            *state.embeddings,
+            keep,
+            state.packed(),
+            reading.num_heads,
+            reading.activation,
+            reading.eps,
+            reads_first,
+        )
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
+    return hidden, (input_ids.shape[0], len(state.layers)) if keep is None else keep
+
+
+class _RequestAhead(PlanRequest):
+    """A request before anything is embedded: without hidden states, and with offsets for those who ask."""
+
+    __slots__ = ()
+
+    def __init__(
+        self, state: EncoderState, budget: float | None, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> None:
+        self.batch_size = input_ids.shape[0]
+        self.num_layers = len(state.layers)
+        self.hidden = _NOTHING
+        self.budget = budget
+        self.input_ids = input_ids
+        self.attention_mask = attention_mask
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        if self.attention_mask is None:
+            return torch.arange(self.batch_size + 1, dtype=torch.int32) * self.input_ids.shape[1]
+        return offsets_of(self.attention_mask)
+
+
+_NOTHING = torch.empty(0, 0)
+
+
+def offsets_of(attention_mask: Tensor) -> Tensor:
+    """int32 ``(B + 1,)``: where each sample's tokens begin among those of all, from a mask ``(B, S)``."""
+    offsets = attention_mask.new_zeros(attention_mask.shape[0] + 1, dtype=torch.int32)
+    offsets[1:] = (attention_mask != 0).sum(1).cumsum(0)
+    return offsets
+
+
+def _is_mask(mask: Tensor, input_ids: Tensor) -> bool:
+    return not mask.is_floating_point() and mask.is_cpu and mask.shape == input_ids.shape

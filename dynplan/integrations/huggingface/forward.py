@@ -1,0 +1,273 @@
+"""The forward of a swapped encoder: Hugging Face's signature and outputs round the planned encoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    ModelOutput,
+)
+
+from dynplan.integrations.huggingface import traced
+from dynplan.integrations.huggingface.arguments import check_first, check_mask, check_options, explain
+from dynplan.integrations.huggingface.controller import Controller
+from dynplan.integrations.huggingface.eager import run_packed, run_padded
+from dynplan.integrations.huggingface.encoder_state import EncoderState
+from dynplan.integrations.huggingface.families import Family
+from dynplan.integrations.huggingface.fast_path import run_fast
+from dynplan.integrations.huggingface.fused import run_fused
+from dynplan.integrations.huggingface.plans import Decisions
+from dynplan.ops import Packed, pack, unpack
+from dynplan.ops.embed_tokens import embed_tokens
+from dynplan.policies import PlanRequest
+
+
+class SwappedForward:
+    """Takes the place of ``model.forward`` on one instance of a bare model.
+
+    An object rather than a closure, so that deep copies and pickles of the model hold a forward of their own.
+
+    Args:
+        model: the bare model (``BertModel`` and its like).
+        family: of it.
+        controller: steers it.
+        reads_first: whether a pooler or the head round it reads the state at position 0.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, controller: Controller, reads_first: bool) -> None:
+        self.model = model
+        self.family = family
+        self.controller = controller
+        self.reads_first = reads_first
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Trainer and others choose the columns of a data set by the forward's signature.
+        signature = inspect.signature(type(self.model).forward)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *rest: Any,
+        inputs_embeds: Tensor | None = None,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """See the original model's forward for arguments and outputs.
+
+        Padding positions of ``last_hidden_state`` and of all ``hidden_states`` but the first are zero.
+
+        Raises:
+            NotImplementedError: an argument that this forward would have to get wrong, or a model that has
+                become something that no plan can be right for.
+            ValueError: arguments that do not fit each other.
+            IndexError: ids outside their table (CPU).
+        """
+        config = self.model.config
+        if output_attentions is None:
+            output_attentions = _setting(config, "output_attentions")
+        if output_hidden_states is None:
+            output_hidden_states = _setting(config, "output_hidden_states")
+        if return_dict is None:
+            return_dict = _setting(config, "return_dict")
+        check_options(rest, options, output_attentions, output_hidden_states)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                "dynplan: expected exactly one of input_ids and inputs_embeds, got both or neither"
+            )
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if traced.is_tracing():
+            last, states = traced.run(self, inputs, output_hidden_states)
+        else:
+            last, states = self.run(inputs, output_hidden_states)
+        return self._output(last, states, return_dict)
+
+    def run(
+        self, inputs: tuple[Tensor | None, ...], collect: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Last hidden states ``(B, S, H)``, and all of them if asked for."""
+        controller = self.controller
+        state = controller.state()
+        if state.why_refused is not None:
+            raise NotImplementedError(f"dynplan: {state.why_refused}; call dynplan.unswap(model)")
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
+        gates = controller.take_gates()
+        reason = self._why_not_fused(state, gates)
+        embeds = position_ids is None and inputs_embeds is None and not collect
+        if reason is None and embeds and state.embeddings is not None:
+            policy, budget = controller.policy, controller.budget
+            done = run_fast(state, policy, budget, *inputs[:3], self.reads_first)
+            if done is not None:
+                controller.note(done[1], None)
+                return done[0], None
+        return self._run(state, inputs, collect, gates, reason)
+
+    def _why_not_fused(self, state: EncoderState, gates: Any) -> str | None:
+        """Why the kernels cannot do this forward; None: they can."""
+        if gates is not None:
+            return "gates are set"
+        if state.why_not_fused is not None:
+            return state.why_not_fused
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
+            return "gradients are recorded; wrap inference in torch.no_grad()"
+        return None
+
+    def _run(
+        self,
+        state: EncoderState,
+        inputs: tuple[Tensor | None, ...],
+        collect: bool,
+        gates: Any,
+        reason: str | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        input_ids, attention_mask, *_ = inputs
+        controller = self.controller
+        fused, padded = reason is None, reason is not None and state.why_not_packed is not None
+        embedded, packed, attention_mask = self._embed(state, inputs, collect or padded, reason)
+        given = embedded if input_ids is None else input_ids
+        batch_size, length = given.shape[:2]
+        if embedded is not None and fused and embedded.requires_grad:  # inputs_embeds of one's own
+            fused, reason = False, "gradients are recorded; wrap inference in torch.no_grad()"
+            padded = state.why_not_packed is not None
+        if packed is None:
+            packed = _pack(embedded, attention_mask)
+        hidden, indices, cu_seqlens = packed
+        # A GPU's packed rows are always as many as positions; only the device knows how many are tokens.
+        if hidden.is_cpu and hidden.shape[0] == batch_size * length:
+            indices = None
+        elif self.reads_first and attention_mask is not None:
+            check_first(attention_mask)
+        request = PlanRequest(
+            batch_size, len(state.layers), hidden, cu_seqlens, controller.budget, input_ids, attention_mask
+        )
+        controller.tell(reason, warn=gates is None)  # those who set gates know
+
+        def restore(packed: Tensor) -> Tensor:
+            if indices is None:
+                return packed.view(batch_size, length, packed.shape[1])
+            return unpack(packed, indices, batch_size, length)
+
+        if fused:
+            last, plan, states = run_fused(state, request, controller.policy, collect)
+        else:
+            if torch.is_grad_enabled():
+                controller.forget_weights()  # an optimizer step usually follows, and some keep no record
+            decide = Decisions(request, controller.policy, gates)
+            if padded:
+                config = self.model.config
+                last, states = run_padded(
+                    state, self.family, config, embedded, attention_mask, decide, collect
+                )
+            else:
+                last, states = run_packed(state, self.family, hidden, decide, collect)
+            plan = decide.plan
+        controller.note(plan, reason)
+        if last.requires_grad:
+            last.register_hook(lambda _: controller.forget_weights())
+        if not padded:
+            last = restore(last)
+            states = None if states is None else (embedded, *map(restore, states[1:-1]), last)
+        return last, states
+
+    def _embed(
+        self, state: EncoderState, inputs: tuple[Tensor | None, ...], whole: bool, reason: str | None
+    ) -> tuple[Tensor | None, Packed | None, Tensor | None]:
+        """Embeddings of every position, or packed ones of the tokens; the mask, checked."""
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
+        modules = self.model._modules
+        embeddings, project = modules[self.family.embeddings], modules.get(self.family.projection)
+        embedded = packed = None
+        try:
+            batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+            if attention_mask is not None:
+                attention_mask = check_mask(attention_mask, batch_size, length)
+            if token_type_ids is not None and token_type_ids.shape == (1, length) and batch_size != 1:
+                token_type_ids = token_type_ids.expand(batch_size, length)
+            alone = position_ids is None and inputs_embeds is None
+            if reason is None and alone and state.embeddings is not None:
+                mask = None if whole else attention_mask
+                packed = embed_tokens(input_ids, mask, token_type_ids, *state.embeddings)
+                if project is not None:
+                    packed = packed._replace(hidden=project(packed.hidden))
+                if whole:
+                    embedded, packed = packed.hidden.view(batch_size, length, -1), None
+            else:
+                embedded = embeddings(
+                    input_ids=input_ids,
+                    token_type_ids=token_type_ids,
+                    position_ids=position_ids,
+                    inputs_embeds=inputs_embeds,
+                )
+                embedded = embedded if project is None else project(embedded)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            # Looked at only now: a check before each forward would cost two passes over the ids.
+            explain(error, embeddings, self.family.embedding_parts, inputs)
+            raise
+        return embedded, packed, attention_mask
+
+    def _output(self, last: Tensor, states: tuple[Tensor, ...] | None, return_dict: bool) -> Any:
+        modules = self.model._modules
+        if "pooler" in modules:
+            pooler = modules["pooler"]
+            pooled = None if pooler is None else pooler(last)
+            kind = BaseModelOutputWithPoolingAndCrossAttentions
+        else:
+            pooled, kind = None, BaseModelOutputWithPastAndCrossAttentions
+        output = _fill(kind, last, pooled, states)
+        return output if return_dict else output.to_tuple()
+
+
+def _pack(embedded: Tensor, attention_mask: Tensor | None) -> Packed:
+    if attention_mask is not None:
+        return pack(embedded, attention_mask)
+    batch_size, length = embedded.shape[:2]
+    steps = torch.arange(batch_size + 1, dtype=torch.int32, device=embedded.device)
+    return Packed(embedded.flatten(0, 1), None, steps * length)
+
+
+def _fill(
+    kind: type[ModelOutput], last: Tensor, pooled: Tensor | None, states: tuple[Tensor, ...] | None
+) -> ModelOutput:
+    """A ``kind`` as its constructor would make it, without the constructor's look at every field: 24 us, and
+    twice that where nothing of it is left in cache."""
+    if torch.compiler.is_compiling():
+        return kind(last_hidden_state=last, hidden_states=states) if pooled is None else kind(
+            last_hidden_state=last, pooler_output=pooled, hidden_states=states
+        )
+    output = kind.__new__(kind)
+    attributes = vars(output)
+    attributes.update(_FIELDS[kind])
+    for name, value in (("last_hidden_state", last), ("pooler_output", pooled), ("hidden_states", states)):
+        if value is not None:
+            OrderedDict.__setitem__(output, name, value)
+            attributes[name] = value
+    return output
+
+
+_FIELDS = {
+    kind: dict.fromkeys(field.name for field in fields(kind))
+    for kind in (BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPoolingAndCrossAttentions)
+}
+
+
+def _setting(config: PretrainedConfig, name: str) -> Any:
+    """``getattr(config, name)``, past the configuration's own attribute look-up where that is possible."""
+    own = object.__getattribute__(config, "__dict__")
+    for key in (name, f"_{name}"):
+        if key in own:
+            return own[key]
+    return getattr(config, name)

@@ -1,0 +1,87 @@
+"""Whether a model is as it was: the one question that every fast way through it asks before a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter, is_
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from dynplan._C import entries_are, sizes_are, types_are
+
+# What kernels and layers read of a module besides its children and tensors, wherever a module has it.
+_NUMBERS = (
+    "training",
+    "eps",
+    "normalized_shape",
+    "max_norm",
+    "padding_idx",
+    "approximate",
+    "act",
+    "num_attention_heads",
+    "attention_head_size",
+    "scaling",
+    "is_causal",
+    "config",
+)
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+_forward_of = attrgetter("forward")
+
+
+class ModuleSnapshot:
+    """What modules were when they were looked at: never their own copy, only who and what they were.
+
+    Seen is another class or forward, a hook or none, another child, parameter or buffer, another attribute
+    that a forward reads, and any attribute more or less. Contents of tensors are a ``WeightWatch``'s,
+    see :class:`~dynplan.ops.packed_weights.PackedWeights`.
+
+    Args:
+        modules: those that the kernels stand for.
+        entries: of other dictionaries, which shall hold what they hold now.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], entries: Iterable[tuple[dict, str]] = ()) -> None:
+        modules = tuple(modules)
+        self._modules = modules
+        self._types = tuple(map(type, modules))
+        self._classes = tuple(set(self._types))
+        self._forwards = tuple(map(_forward_of, self._classes))
+        entries = list(entries)
+        sized = [*_GLOBAL_HOOKS]
+        for module in modules:
+            own = vars(module)
+            entries += [(own, name) for name in _NUMBERS if name in own]
+            for table in (own["_modules"], own["_parameters"], own["_buffers"]):
+                entries += [(table, name) for name in table]
+            sized += [own, own["_forward_hooks"], own["_forward_pre_hooks"]]
+            if isinstance(module, nn.ModuleList):
+                sized.append(own["_modules"])
+        self._tables, self._names = zip(*entries, strict=True)
+        self._values = tuple(table.get(name) for table, name in entries)
+        self._sized = tuple(sized)
+        self._sizes = tuple(map(len, sized))
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return (
+            types_are(self._modules, self._types)
+            and sizes_are(self._sized, self._sizes)
+            and entries_are(self._tables, self._names, self._values)
+            and all(map(is_, map(_forward_of, self._classes), self._forwards))
+        )
+
+
+def own_forward(module: nn.Module, kind: type | None) -> bool:
+    """Whether calling ``module`` does what the class ``kind`` says, as its library wrote it."""
+    return (
+        type(module) is kind
+        and "forward" not in vars(module)
+        and kind.forward.__module__ == kind.__module__
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a hook waits for ``module``'s gradients."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)

@@ -1,0 +1,177 @@
+"""``swap``, ``unswap`` and ``from_pretrained``: Hugging Face encoders under a dynplan policy, and back.
+
+The forward of one *instance* of the bare encoder is replaced; its class, modules, parameters and
+``state_dict`` stay as they are. :data:`~dynplan.integrations.huggingface.families.FAMILIES` is the whole list
+of what is supported.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from dynplan.integrations.huggingface.controller import Controller
+from dynplan.integrations.huggingface.families import FAMILIES, Family, find_family
+from dynplan.integrations.huggingface.forward import SwappedForward
+from dynplan.integrations.huggingface.policy_files import SwappedSave, load_policy
+from dynplan.ops.reduced_encoder import REDUCED_DTYPES
+from dynplan.policies import KeepAll, Policy
+
+# Heads that would take padding for text: what they read there is zero in a swapped model.
+_READS_PADDING = ("ForQuestionAnswering",)
+
+
+def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None = None) -> nn.Module:
+    """Put a Hugging Face encoder under a policy, in place.
+
+    Args:
+        model: BERT, RoBERTa, XLM-RoBERTa or ELECTRA; the bare model, sequence or token classification. For
+            another model with such an encoder inside, swap the bare encoder.
+        policy: decides the plans; :class:`~dynplan.policies.KeepAll` by default.
+        weights: "int8" or "bfloat16": the encoder's products run on copies of its weights in that type, see
+            :func:`~dynplan.ops.pack_reduced_encoder_weights`. CPU and inference only: other forwards are
+            refused. The model's own weights stay, for ``state_dict`` and :func:`unswap`.
+
+    Returns:
+        ``model``; ``model.dynplan`` is its :class:`~dynplan.integrations.huggingface.controller.Controller`.
+
+    Raises:
+        TypeError: an unknown model type or class.
+        NotImplementedError: an architecture that is not supported, with the reason.
+        ValueError: the model is swapped already; ``weights`` is unknown or not for the model's device or
+            dtype.
+    """
+    bare, family, suffix = _find_encoder("swap", model)
+    if isinstance(vars(bare).get("forward"), SwappedForward):
+        raise ValueError(
+            "swap: expected a model that is not swapped, got one that is; "
+            "set model.dynplan.policy, or call dynplan.unswap(model) first"
+        )
+    if "forward" in vars(bare):
+        raise ValueError(
+            f"swap: expected {type(bare).__name__} with its class's forward, got one already patched"
+        )
+    _check_architecture(bare, family)
+    if weights is not None:
+        _check_weights(bare, weights)
+    controller = Controller(bare, family, KeepAll() if policy is None else policy, weights)
+    refused = controller.state().why_refused
+    if refused is not None:
+        raise NotImplementedError(
+            f"swap: expected a subclass of {family.bare} that keeps its forward, but {refused}"
+        )
+    reads_first = family.heads.get(suffix, False) or getattr(bare, "pooler", None) is not None
+    bare.forward = SwappedForward(bare, family, controller, reads_first)
+    model.dynplan = controller
+    model.save_pretrained = SwappedSave(model, controller)
+    return model
+
+
+def unswap(model: nn.Module) -> nn.Module:
+    """Give back the original model, in place: what :func:`swap` set is removed, nothing else was changed.
+
+    Raises:
+        TypeError: an unknown model type or class.
+        ValueError: the model is not swapped, or another library has wrapped its forward since.
+    """
+    bare, _, _ = _find_encoder("unswap", model)
+    if "dynplan" not in vars(model):
+        inside = " though its encoder is" if isinstance(vars(bare).get("forward"), SwappedForward) else ""
+        raise ValueError(f"unswap: expected the model that was swapped, got one that was not{inside}")
+    if not isinstance(vars(bare).get("forward"), SwappedForward):
+        raise ValueError(
+            f"unswap: expected the forward of {type(bare).__name__} as swap left it, got one that another "
+            "library has wrapped; undo that first"
+        )
+    del bare.forward, model.dynplan, model.save_pretrained
+    return model
+
+
+def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **options: Any) -> nn.Module:
+    """Load a swapped model that ``save_pretrained`` wrote: weights, policy, planner and budget.
+
+    Args:
+        folder: a local folder.
+        weights: for :func:`swap`. It is not saved with the model: it suits the machine that runs it.
+        **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...).
+
+    Returns:
+        The swapped model in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such folder, or the model in it was not saved swapped.
+        ValueError: the policy's files are damaged.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"from_pretrained: expected a local folder, got {str(folder)!r}")
+    policy, budget = load_policy(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = config.architectures or ["none"]
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise ValueError(
+            f"from_pretrained: expected a model class of transformers in config.json, got {names[0]}"
+        )
+    model = swap(model_class.from_pretrained(folder, **options), policy, weights=weights)
+    model.dynplan.budget = budget
+    return model
+
+
+def _find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]:
+    """The bare encoder, its family and the suffix of the model's class."""
+    found = find_family(model)
+    if found is None:
+        known = ", ".join(family.bare for family in FAMILIES)
+        inside = [(name, *found) for name, part in model.named_modules() if (found := find_family(part))]
+        remedy = ""
+        if type(model).__name__.endswith(_READS_PADDING):
+            remedy = "; its head reads padding positions, which a swapped encoder leaves zero"
+        elif inside and inside[0][0]:
+            remedy = (
+                f"; it holds a {inside[0][1].prefix}{inside[0][2]}: "
+                f"dynplan.{caller}(model.get_submodule({inside[0][0]!r})) if what reads it ignores padding"
+            )
+        raise TypeError(
+            f"{caller}: expected one of {known}, or one of these with a head for classification of sequences or "
+            f"tokens, got {type(model).__name__}{remedy}"
+        )
+    family, suffix = found
+    return model if suffix == "Model" else getattr(model, family.attribute), family, suffix
+
+
+def _check_weights(bare: nn.Module, weights: str) -> None:
+    if weights not in REDUCED_DTYPES:
+        raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
+    parameter = next(bare.parameters())
+    if parameter.device.type != "cpu":
+        raise ValueError(
+            f"swap: expected weights=None for a model on {parameter.device}, got {weights!r}; "
+            "the kernels there run in the model's own dtype (model.bfloat16())"
+        )
+    if parameter.dtype == torch.float64:
+        raise ValueError(
+            f"swap: expected weights=None for a model in {parameter.dtype}, got {weights!r}; "
+            "convert it first (model.float())"
+        )
+
+
+def _check_architecture(bare: nn.Module, family: Family) -> None:
+    config = bare.config
+    refused = {
+        "is_decoder": "a causal mask would make each token's work depend on its place",
+        "add_cross_attention": "cross-attention is not planned",
+        "is_causal": "a causal mask would make each token's work depend on its place",
+    }
+    for name, reason in refused.items():
+        if getattr(config, name, None):
+            raise NotImplementedError(f"swap: expected config.{name} to be False, got True; {reason}")
+    for layer in family.layers_of(bare):
+        attention = layer.get_submodule(family.parts.attention)
+        position = getattr(attention, "position_embedding_type", "absolute")
+        if position != "absolute":
+            raise NotImplementedError(f"swap: expected absolute position embeddings, got {position!r}")

@@ -1,0 +1,1 @@
+"""The region loss under the conventions of segmentation frameworks."""
