@@ -153,7 +153,7 @@ class Controller:
         """Warn, once for each reason, that inference does not run on the kernels.
 
         Raises:
-                RuntimeError: other weights were chosen than the modules have.
+            RuntimeError: other weights were chosen than the modules have.
         """
         if reason is None:
             return
