@@ -1,9 +1,12 @@
-// torch.classes.dynplan.WeightWatch(tensors): whether tensors are as they were when it was made.
+// torch.classes.dynplan.WeightWatch(tensors).unchanged(tensors): whether they are as they were when it was made.
 //
 // A tensor has changed if it counts another version, if its storage or its place in it is another, or if one
 // of a few of its elements is: fused optimizers, writes through `tensor.data` and those of other processes
 // count no version, but change nearly every element. Elements are looked at on the CPU only; elsewhere a look
 // would wait for the device.
+//
+// It keeps storages alive, so that no new one can come to lie at the address of one seen before, but no tensor:
+// torch.utils.swap_tensors asks for tensors that nobody else holds.
 //
 // The integrations ask before each forward. Asking 192 tensors through Python cost 0.1 to 0.2 ms of a short
 // text's forward, since the weights streamed before have left nothing of theirs in cache; here the misses
@@ -43,33 +46,32 @@ uint64_t read(const char* at, size_t bytes) {
 
 class WeightWatch : public torch::CustomClassHolder {
  public:
-  explicit WeightWatch(std::vector<at::Tensor> tensors) : owned_(std::move(tensors)) {
-    for (const at::Tensor& tensor : owned_) {
+  explicit WeightWatch(const std::vector<at::Tensor>& tensors) {
+    for (const at::Tensor& tensor : tensors) {
       const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
       TORCH_CHECK_VALUE(impl->has_storage(), "WeightWatch: expected tensors with a storage, got ",
                         tensor.toString());
       // A tensor made under inference_mode counts no versions, and never will.
       const bool counts = !tensor.is_inference();
-      // The copy keeps the storage alive, so that no other one can come to lie at its address.
       seen_.push_back({impl, impl->unsafe_storage(), storage(impl)->data(), impl->storage_offset(),
                        counts ? version(impl) : 0, counts, counter(impl)});
       if (tensor.is_cpu() && tensor.numel() > 0 && storage(impl)->data() != nullptr) sample(tensor);
     }
   }
 
-  bool unchanged() const {
-    // No early way out of either loop, and what comes next is prefetched: the loads of many tensors shall be
-    // under way together.
+  bool unchanged(const std::vector<at::Tensor>& tensors) const {
+    if (tensors.size() != seen_.size()) return false;
+    // No early way out where a tensor has changed, and what comes next is prefetched: the loads of many
+    // tensors shall be under way together.
     constexpr size_t kAhead = 24;
     bool same = true;
     for (size_t i = 0; i < seen_.size(); ++i) {
       if (i + kAhead < seen_.size()) {
-        const char* next = reinterpret_cast<const char*>(seen_[i + kAhead].impl);
-        for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) __builtin_prefetch(next + line);
         __builtin_prefetch(seen_[i + kAhead].counter);
         __builtin_prefetch(seen_[i + kAhead].storage.unsafeGetStorageImpl());
       }
       const Seen& seen = seen_[i];
+      if (tensors[i].unsafeGetTensorImpl() != seen.impl) return false;
       same &= (!seen.counts || version(seen.impl) == seen.version) &&
               storage(seen.impl) == seen.storage.unsafeGetStorageImpl() && seen.storage.data() == seen.data &&
               seen.impl->storage_offset() == seen.offset;
@@ -84,7 +86,7 @@ class WeightWatch : public torch::CustomClassHolder {
 
  private:
   struct Seen {
-    const c10::TensorImpl* impl;
+    const c10::TensorImpl* impl;  // to be compared, perhaps with another that lies where this one lay
     c10::Storage storage;
     const void* data;
     int64_t offset;
@@ -115,7 +117,6 @@ class WeightWatch : public torch::CustomClassHolder {
     }
   }
 
-  std::vector<at::Tensor> owned_;
   std::vector<Seen> seen_;
   std::vector<Element> elements_;
 };

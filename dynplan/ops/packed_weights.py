@@ -1,53 +1,48 @@
-"""Weights of encoder layers in the layout of the kernels, packed again when the model's own change."""
+"""Weights of encoder layers in the layout of the kernels, and whether they are still the model's own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 
 
-class PackedWeights:
-    """Packed weights of a stack of layers: a cache, asked before each forward.
+class Watched:
+    """Tensors that may change: they have not if they lie where they lay, with the version they had and with a
+    few of their elements.
 
-    Weights count as unchanged where they lie where they lay, with the version they had and with a few of
-    their elements. Elements tell of dense writes that PyTorch keeps no record of: through ``parameter.data``,
-    by fused optimizers, by other processes. They are looked at on the CPU only.
+    Elements tell of dense writes that PyTorch keeps no record of: through ``parameter.data``, by fused
+    optimizers, by other processes. They are looked at on the CPU only.
 
     Args:
-        dtype: "int8" or "bfloat16": of ``pack_reduced_encoder_weights``; None: of ``pack_encoder_weights``.
+        tensors: of any device and dtype; those of other kinds than PyTorch's own are left out.
     """
 
-    def __init__(self, dtype: str | None = None) -> None:
-        self.dtype = dtype
-        self._held: tuple[torch.ScriptObject, list[Tensor]] | None = None
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [tensor for tensor in tensors if is_plain(tensor)]
+        self._watch = torch.classes.dynplan.WeightWatch(self._tensors)
 
-    def get(self, layers: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Packed weights per layer.
+    def unchanged(self) -> bool:
+        """Whether all are as they were when this was made."""
+        return self._watch.unchanged(self._tensors)
 
-        Args:
-            layers: each layer's tensors: weight and bias of query, key, value, output, first norm, up, down,
-                second norm; the same objects at every call.
-        """
-        # Read once and written once, whole: another thread may come to the same conclusion meanwhile.
-        held = self._held
-        if held is None or not held[0].unchanged():
-            # Before packing: what another thread writes meanwhile shall be seen.
-            watch = torch.classes.dynplan.WeightWatch([tensor for layer in layers for tensor in layer])
-            held = self._held = watch, [pack_layer(layer, self.dtype) for layer in layers]
-        return held[1]
 
-    def forget(self) -> None:
-        """Pack anew at the next call, whatever is seen."""
-        self._held = None
+def is_plain(tensor: object) -> bool:
+    """Whether a tensor has its numbers where PyTorch's own kernels would look for them."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def pack_layer(tensors: Sequence[Tensor], dtype: str | None) -> Tensor:
-    """One layer's weights as the kernels read them; float16 becomes float32 on the CPU, which packs none."""
+    """One layer's weights as the kernels read them; float16 becomes float32 on the CPU, which packs none.
+
+    Args:
+        tensors: weight and bias of query, key, value, output, first norm, up, down, second norm.
+        dtype: "int8" or "bfloat16": of ``pack_reduced_encoder_weights``; None: of ``pack_encoder_weights``.
+    """
     tensors = [tensor.detach() for tensor in tensors]
     if tensors[0].is_cpu and tensors[0].dtype == torch.float16:
         tensors = [tensor.float() for tensor in tensors]

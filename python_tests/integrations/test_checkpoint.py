@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 import dynplan
-from dynplan.integrations import checkpoint
+from dynplan.integrations.huggingface import policy_files as checkpoint
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, RandomPath, StaticPath
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import dynplan
 from dynplan.integrations.huggingface import cuda_graph as capturing
-from dynplan.integrations import encoder as planned
+from dynplan.integrations.huggingface import encoder_state
 from dynplan.policies import Policy, RandomPath
 
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -46,9 +46,9 @@ class Copies(TorchDispatchMode):
 @pytest.fixture
 def meta(monkeypatch):
     """Swapped models on meta take CUDA's way; their packed weights are never read there."""
-    monkeypatch.setitem(planned.FUSED_DTYPES, "meta", planned.FUSED_DTYPES["cuda"])
+    monkeypatch.setattr(encoder_state, "DEVICES", ("cpu", "cuda", "meta"))
     blob = torch.empty(4 * 32 * 32 + 9 * 32 + 64 * 65, device="meta")
-    monkeypatch.setattr(planned.PlannedEncoder, "packed", lambda self: [blob] * len(self.layers))
+    monkeypatch.setattr(encoder_state.EncoderState, "packed", lambda self: [blob] * len(self.layers))
     return torch.device("meta")
 
 

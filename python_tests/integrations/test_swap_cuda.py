@@ -12,7 +12,8 @@ from integrations.test_training import LABELS, PATHS, gradients
 from torch.nn.parallel import DistributedDataParallel
 
 import dynplan
-from dynplan.integrations import encoder as planned
+from dynplan.integrations.huggingface import fused
+from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.ops import build_dispatch
 from dynplan.policies import FixedPath, Policy
 
@@ -36,10 +37,11 @@ def test_rows_take_the_type_of_the_weights(monkeypatch):
         seen.append(hidden.dtype)
         return hidden
 
-    monkeypatch.setattr(planned, "conditional_encoder", encode)
-    monkeypatch.setattr(planned.PlannedEncoder, "packed", lambda self: [torch.zeros(1, dtype=torch.bfloat16)])
+    monkeypatch.setattr(fused, "conditional_encoder", encode)
+    monkeypatch.setattr(EncoderState, "packed", lambda self: [torch.zeros(1, dtype=torch.bfloat16)])
     with torch.no_grad():
-        assert model(**batch()).logits.dtype == torch.float32
+        embeds = torch.zeros(5, 9, 32)
+        assert model(None, batch()["attention_mask"], inputs_embeds=embeds).logits.dtype == torch.float32
     assert seen == [torch.bfloat16]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynplan.integrations import mmsegmentation, monai, segmentation_models_pytorch
+from dynplan.integrations.segmentation import mmsegmentation, monai, segmentation_models_pytorch
 from dynplan.nn import RegionCrossEntropyLoss
 from dynplan.ops import region_cross_entropy, region_cross_entropy_upsampled
 

@@ -167,12 +167,6 @@ class Controller:
             self._told.add(reason)
             warnings.warn(f"dynplan: runs the model's own modules, not the kernels: {reason}", stacklevel=5)
 
-    def forget_weights(self) -> None:
-        """Pack the weights anew at the next forward that needs them."""
-        state = self._state
-        if state is not None:
-            state.weights.forget()
-
     def refresh(self) -> None:
         """Read the model anew at the next forward, weights and all.
 

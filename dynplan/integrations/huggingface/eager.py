@@ -86,9 +86,9 @@ def _bypass(
     inside = hidden.index_select(0, step.rows)
     attention = layer.get_submodule(family.parts.attention)
     dropout = attention.dropout.p if attention.training else 0.0
-    heads = attention.num_attention_heads
 
     def attend(*parts: Tensor) -> Tensor:
+        heads = parts[0].shape[1] // attention.attention_head_size
         return attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout)
 
     run = partial(family.parts.forward, layer, attend=attend)
@@ -115,7 +115,8 @@ def run_padded(
     """Run all layers on padded states ``(B, S, H)``, as the original's own loop would call them.
 
     Returns:
-        States after the last layer and, if asked for, before each and after the last; zeros at padding.
+        States after the last layer and, if asked for, before each and after the last; at padding what the
+        original computes there.
 
     Raises:
         NotImplementedError: the loop itself is not the original's, and the plan bypasses a layer.
@@ -142,26 +143,21 @@ def run_padded(
         return torch.where(keep.view(-1, 1, 1), after, before)
 
     run: Callable = loop
-    if not own_forward(state.stack, family.named(family.stack[1])):
-        if type(state.stack).forward is family.named(family.stack[1]).forward:
+    kind = family.named(family.stack[1])
+    if not own_forward(state.stack, kind):
+        if own_forward(state.stack, kind, hooked=True):
             # Its hooks are called round our loop, on a stand-in that shares them.
             run = copy.copy(state.stack)
             run.forward = loop
         elif collect or decide.taken() is None or not decide.plan.all():
             raise NotImplementedError(
-                f"dynplan: expected {family.prefix}{family.stack[1]}'s own forward under a plan that bypasses "
-                f"layers, got {type(state.stack).__name__}'s, whose loop over the layers cannot be planned"
+                f"dynplan: expected {kind.__name__}'s own forward under a plan that bypasses layers, got another of "
+                f"{type(state.stack).__name__}, whose loop over the layers cannot be planned"
             )
         else:
             run = state.stack
     mask = create_bidirectional_mask(config, hidden, attention_mask)
-    last = run(hidden, attention_mask=mask).last_hidden_state
-    if attention_mask is None:
-        return last, states
-    padding = attention_mask.unsqueeze(-1) == 0
-    if collect:
-        states = [states[0], *(state.masked_fill(padding, 0) for state in states[1:])]
-    return last.masked_fill(padding, 0), states
+    return run(hidden, attention_mask=mask).last_hidden_state, states
 
 
 def _packed(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from dynplan.integrations.huggingface.families import Family, activation_of
-from dynplan.integrations.huggingface.snapshot import ModuleSnapshot, has_backward_hooks, own_forward
-from dynplan.ops.packed_weights import PackedWeights
+from dynplan.integrations.huggingface.snapshot import (
+    ModuleSnapshot,
+    has_backward_hooks,
+    has_global_hooks,
+    own_forward,
+)
+from dynplan.ops.packed_weights import Watched, is_plain, pack_layer
 
+# Where the ops run.
+DEVICES = ("cpu", "cuda")
 # Attention that is softmax(QK^T)V whatever its name says of how. A user's own is left to the layers.
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_REFUSED = {
+    "is_decoder": "a causal mask would make each token's work depend on its place",
+    "add_cross_attention": "cross-attention is not planned",
+    "is_causal": "a causal mask would make each token's work depend on its place",
+}
 # Adapters that treat each token by itself, so that packed rows will do.
 _ADAPTERS = ("peft.tuners.lora", "peft.tuners.ia3", "peft.tuners.adalora")
 
@@ -62,22 +73,25 @@ class EncoderState:
         for root in (embeddings, *self.layers, getattr(model, family.projection or "", None)):
             parts += [] if root is None else root.modules()
         configs = {id(config): config for config in (getattr(part, "config", None) for part in parts) if config}
-        implementations = [(vars(config), "_attn_implementation_internal") for config in configs.values()]
-        names = {table.get(name) for table, name in implementations}
-        registered = [(AttentionInterface._global_mapping, name) for name in names if name]
+        settings = [
+            (vars(config), name)
+            for config in configs.values()
+            for name in ("_attn_implementation_internal", *_REFUSED)
+        ]
+        names = {config._attn_implementation for config in configs.values()}
+        tables = (AttentionInterface._global_mapping, ALL_ATTENTION_FUNCTIONS._local_mapping)
+        registered = [(table, name) for table in tables for name in names if name]
         # Before anything is read: what another thread writes meanwhile shall be seen.
-        self._modules = ModuleSnapshot(parts, [*implementations, *registered])
-        buffers = [embeddings.get_buffer(name) for name in _buffers_of(embeddings, family)]
-        self._buffers = torch.classes.dynplan.WeightWatch(buffers)
+        self._modules = ModuleSnapshot(parts, [*settings, *registered])
+        tensors = [parameter for layer in self.layers for parameter in layer.parameters()]
+        self._tensors = Watched([*tensors, *embeddings.buffers()])
+        self._weights = weights
+        self._packed: list[Tensor] | None = None
 
-        bare = family.named("Model")
-        own = type(model).forward is bare.forward and bare.forward.__module__ == bare.__module__
-        self.why_refused = None if own else f"{type(model).__name__} has a forward of its own"
-        attention = [self._why_not_attention(name) for name in names]
-        self.why_not_packed = next(filter(None, attention), None) or _reason(self._check_packed, family)
+        self.why_refused = _reason(_check_model, model, family)
+        self.why_not_packed = _reason(self._check_packed, model, family, names)
         self.why_not_fused = self.why_not_packed
         self.reading: LayerReading | None = None
-        self.weights = PackedWeights(weights)
         if self.why_not_packed is None:
             self.why_not_fused = _reason(self._read_layers, family)
         self.projection = getattr(model, family.projection or "", None)
@@ -85,20 +99,27 @@ class EncoderState:
         _reason(self._read_embeddings, embeddings, family)
 
     def holds(self) -> bool:
-        """Whether the model is as it was read, weights aside: :meth:`packed` looks at those."""
-        return self._modules.holds() and self._buffers.unchanged()
+        """Whether the model is as it was read."""
+        return self._modules.holds() and self._tensors.unchanged()
 
     def packed(self) -> list[Tensor]:
         """Each layer's weights as the kernels read them; only where nothing is :attr:`why_not_fused`."""
-        return self.weights.get(self._tensors)
+        packed = self._packed
+        if packed is None:
+            packed = self._packed = [pack_layer(tensors, self._weights) for tensors in self._layer_tensors]
+        return packed
 
-    @staticmethod
-    def _why_not_attention(name: str | None) -> str | None:
-        function = AttentionInterface._global_mapping.get(name)
-        own = function is None or function.__module__.startswith("transformers.")
-        return None if own and name in _ATTENTION else f"attention is {name!r}, which the kernels do not know"
-
-    def _check_packed(self, family: Family) -> None:
+    def _check_packed(self, model: nn.Module, family: Family, attention: set[str | None]) -> None:
+        if has_global_hooks():
+            raise Differs("a hook hangs on all modules")
+        for name in attention:
+            function = ALL_ATTENTION_FUNCTIONS.get(name)
+            own = function is None or function.__module__.startswith("transformers.")
+            if not own or name not in _ATTENTION:
+                raise Differs(f"attention is {name!r}, which the kernels do not know")
+        _expect(self.stack, family.named(family.stack[1]), family.stack[0])
+        if not family.pooler_is_own(model):
+            raise Differs("the pooler may read padding")
         for index, layer in enumerate(self.layers):
             try:
                 _check_layer(layer, family)
@@ -107,21 +128,17 @@ class EncoderState:
 
     def _read_layers(self, family: Family) -> None:
         readings = [_read_layer(layer, family) for layer in self.layers]
-        self._tensors = [reading.tensors for reading in readings]
+        self._layer_tensors = [reading.tensors for reading in readings]
         if not readings:
             raise Differs("there are no layers")
         first = self.reading = readings[0]
-        for reading in readings[1:]:
-            if (reading.num_heads, reading.activation, reading.eps) != (
-                first.num_heads,
-                first.activation,
-                first.eps,
-            ):
-                raise Differs("layers differ in heads, activation or eps")
-        kinds = {(tensor.dtype, tensor.device) for tensors in self._tensors for tensor in tensors}
+        shapes = {(one.num_heads, one.activation, one.eps, one.tensors[10].shape) for one in readings}
+        if len(shapes) > 1:
+            raise Differs("layers differ in heads, activation, eps or feed-forward width")
+        kinds = {(tensor.dtype, tensor.device) for tensors in self._layer_tensors for tensor in tensors}
         if len(kinds) > 1:
             raise Differs("weights are of several dtypes or on several devices")
-        if self.weights.dtype is not None and not first.tensors[0].is_cpu:
+        if self._weights is not None and not first.tensors[0].is_cpu:
             raise Differs(f"weights are on {first.tensors[0].device}")
 
     def _read_embeddings(self, module: nn.Module, family: Family) -> None:
@@ -140,6 +157,8 @@ class EncoderState:
         if norm.bias is None or len(norm.normalized_shape) != 1:
             raise Differs("the norm of the embeddings has no bias or several dimensions")
         positions, token_types = (getattr(module, name, None) for name in (parts.positions, parts.token_types))
+        if module.get_buffer(parts.positions).is_meta:
+            raise Differs("positions hold nothing")
         padding_idx = None
         if parts.padding_idx is not None:
             padding_idx = getattr(module, parts.padding_idx)
@@ -150,7 +169,7 @@ class EncoderState:
         if token_types is not None and token_types.any():
             raise Differs("token types of a forward without any are not zeros")
         tensors = [*(table.weight for table in tables), norm.weight, norm.bias]
-        if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors):
+        if not all(map(is_plain, tensors)):
             raise Differs("an embedding table is a tensor of another kind")
         self.embeddings = (*tensors, norm.eps, padding_idx)
 
@@ -163,9 +182,25 @@ def _reason(check, *arguments) -> str | None:
     return None
 
 
-def _buffers_of(module: nn.Module, family: Family) -> Iterator[str]:
-    names = (family.embedding_parts.positions, family.embedding_parts.token_types)
-    return (name for name in names if module._buffers.get(name) is not None)
+def _check_model(model: nn.Module, family: Family) -> None:
+    """Raises where no forward of ours is the model's."""
+    bare = family.named("Model")
+    if type(model).forward is not bare.forward or bare.forward.__module__ != bare.__module__:
+        raise Differs(f"expected {bare.__name__}'s own forward, got another of {type(model).__name__}")
+    for name, reason in _REFUSED.items():
+        if getattr(model.config, name, None):
+            raise Differs(f"expected config.{name} to be False, got True; {reason}")
+    for layer in family.layers_of(model):
+        position = getattr(_find(layer, family.parts.attention), "position_embedding_type", "absolute")
+        if position != "absolute":
+            raise Differs(f"expected absolute position embeddings, got {position!r}")
+
+
+def _find(layer: nn.Module, path: str) -> object:
+    """What stands at a path, module or not; None if nothing does."""
+    for name in path.split(".") if path else ():
+        layer = getattr(layer, name, None)
+    return layer
 
 
 def _expect(module: nn.Module, kind: type | None, where: str) -> None:
@@ -183,29 +218,25 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         if has_backward_hooks(module):
             raise Differs(f"{type(module).__name__} has a backward hook")
     for path, suffix in parts.classes.items():
-        try:
-            module = layer.get_submodule(path)
-        except AttributeError as error:
-            raise Differs(f"{path} is missing") from error
-        _expect(module, family.named(suffix), path or "the layer")
-    attention = layer.get_submodule(parts.attention)
+        _expect(_find(layer, path), family.named(suffix), path or "the layer")
+    attention = _find(layer, parts.attention)
     if attention.scaling != attention.attention_head_size**-0.5:
         raise Differs(f"attention is scaled by {attention.scaling}")
     if getattr(attention, "is_causal", False):
         raise Differs("attention is causal")
     for path in parts.linears:
-        module = layer.get_submodule(path)
+        module = _find(layer, path)
         if not type(module).__module__.startswith(_ADAPTERS):
             _expect(module, nn.Linear, path)
         elif any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
             raise Differs(f"{path}: its adapter has a hook")
     for path in parts.norms:
-        _expect(layer.get_submodule(path), nn.LayerNorm, path)
-        if len(layer.get_submodule(path).normalized_shape) != 1:
+        _expect(_find(layer, path), nn.LayerNorm, path)
+        if len(_find(layer, path).normalized_shape) != 1:
             raise Differs(f"{path} is over several dimensions")
     for path in parts.dropouts:
-        _expect(layer.get_submodule(path), nn.Dropout, path)
-    activation = layer.get_submodule(parts.activation)
+        _expect(_find(layer, path), nn.Dropout, path)
+    activation = _find(layer, parts.activation)
     _expect(activation, type(activation), parts.activation)
     if not type(activation).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
         raise Differs(f"activation is {type(activation).__name__}, which may look at more than one number")
@@ -218,27 +249,28 @@ def _read_layer(layer: nn.Module, family: Family) -> LayerReading:
         Differs: they cannot.
     """
     parts = family.parts
-    attention = layer.get_submodule(parts.attention)
-    linears = [layer.get_submodule(path) for path in parts.linears]
-    norms = [layer.get_submodule(path) for path in parts.norms]
-    activation = activation_of(layer.get_submodule(parts.activation))
+    attention = _find(layer, parts.attention)
+    linears = [_find(layer, path) for path in parts.linears]
+    norms = [_find(layer, path) for path in parts.norms]
+    activation = activation_of(_find(layer, parts.activation))
     if activation is None:
-        raise Differs(f"activation is {type(layer.get_submodule(parts.activation)).__name__}")
+        raise Differs(f"activation is {type(_find(layer, parts.activation)).__name__}")
     if any(type(linear) is not nn.Linear for linear in linears):
         raise Differs("a linear module has an adapter")
-    on = [path for path in (parts.attention, *parts.dropouts) if layer.get_submodule(path).training]
+    on = [path for path in (parts.attention, *parts.dropouts) if _find(layer, path).training]
     if on:
         raise Differs(f"{on[0]} is in training mode")
     if norms[0].eps != norms[1].eps:
         raise Differs("its norms differ in eps")
-    if attention.num_attention_heads * attention.attention_head_size != linears[3].out_features:
+    heads, rest = divmod(linears[0].out_features, attention.attention_head_size)
+    if rest or linears[0].out_features != linears[3].out_features:
         raise Differs("attention is narrower or wider than the layer")
     order = (*linears[:4], norms[0], *linears[4:], norms[1])
     tensors = tuple(tensor for module in order for tensor in (module.weight, module.bias))
-    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors):
+    if not all(map(is_plain, tensors)):
         raise Differs("a weight or bias is missing or a tensor of another kind")
     if not tensors[0].is_floating_point() or tensors[0].dtype == torch.float64:
         raise Differs(f"weights are {tensors[0].dtype}")
-    if tensors[0].device.type not in ("cpu", "cuda"):
+    if tensors[0].device.type not in DEVICES:
         raise Differs(f"weights are on {tensors[0].device}")
-    return LayerReading(attention.num_attention_heads, activation, norms[0].eps, tensors)
+    return LayerReading(heads, activation, norms[0].eps, tensors)

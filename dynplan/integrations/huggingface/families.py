@@ -143,6 +143,11 @@ class Family:
         code = importlib.import_module(f"transformers.models.{self.module}")
         return getattr(code, f"{self.prefix}{suffix}", None)
 
+    def pooler_is_own(self, model: nn.Module) -> bool:
+        """Whether a bare model's pooler, if it has one, reads the first position alone."""
+        pooler = getattr(model, "pooler", None)
+        return pooler is None or (type(pooler) is self.named("Pooler") and "forward" not in vars(pooler))
+
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         """The layers of a bare model."""
         return getattr(getattr(model, self.stack[0]), self.layers)

@@ -165,7 +165,7 @@ class SwappedForward:
             last, plan, states = run_fused(state, request, controller.policy, collect)
         else:
             if torch.is_grad_enabled():
-                controller.forget_weights()  # an optimizer step usually follows, and some keep no record
+                controller.refresh()  # an optimizer step usually follows, and some keep no record
             decide = Decisions(request, controller.policy, gates)
             if padded:
                 config = self.model.config
@@ -177,7 +177,7 @@ class SwappedForward:
             plan = decide.plan
         controller.note(plan, reason)
         if last.requires_grad:
-            last.register_hook(lambda _: controller.forget_weights())
+            last.register_hook(lambda _: controller.refresh())
         if not padded:
             last = restore(last)
             states = None if states is None else (embedded, *map(restore, states[1:-1]), last)

@@ -72,14 +72,23 @@ class ModuleSnapshot:
         )
 
 
-def own_forward(module: nn.Module, kind: type | None) -> bool:
-    """Whether calling ``module`` does what the class ``kind`` says, as its library wrote it."""
+def own_forward(module: object, kind: type | None, hooked: bool = False) -> bool:
+    """Whether calling ``module`` does what the class ``kind`` says, as its library wrote it; with ``hooked``,
+    hooks aside."""
+    if type(module) is not kind or not isinstance(module, nn.Module):
+        return False
+    methods = {name: value for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
     return (
-        type(module) is kind
-        and "forward" not in vars(module)
-        and kind.forward.__module__ == kind.__module__
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        "forward" not in vars(module)
+        and vars(module).keys().isdisjoint(methods)
+        and all(method.__module__ == kind.__module__ for method in methods.values())
+        and (hooked or not (module._forward_hooks or module._forward_pre_hooks))
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook hangs on the calls of all modules there are."""
+    return any(_GLOBAL_HOOKS)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -56,15 +56,12 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         raise ValueError(
             f"swap: expected {type(bare).__name__} with its class's forward, got one already patched"
         )
-    _check_architecture(bare, family)
     if weights is not None:
         _check_weights(bare, weights)
     controller = Controller(bare, family, KeepAll() if policy is None else policy, weights)
     refused = controller.state().why_refused
     if refused is not None:
-        raise NotImplementedError(
-            f"swap: expected a subclass of {family.bare} that keeps its forward, but {refused}"
-        )
+        raise NotImplementedError(f"swap: {refused}")
     reads_first = family.heads.get(suffix, False) or getattr(bare, "pooler", None) is not None
     bare.forward = SwappedForward(bare, family, controller, reads_first)
     model.dynplan = controller
@@ -158,20 +155,3 @@ def _check_weights(bare: nn.Module, weights: str) -> None:
             f"swap: expected weights=None for a model in {parameter.dtype}, got {weights!r}; "
             "convert it first (model.float())"
         )
-
-
-def _check_architecture(bare: nn.Module, family: Family) -> None:
-    config = bare.config
-    refused = {
-        "is_decoder": "a causal mask would make each token's work depend on its place",
-        "add_cross_attention": "cross-attention is not planned",
-        "is_causal": "a causal mask would make each token's work depend on its place",
-    }
-    for name, reason in refused.items():
-        if getattr(config, name, None):
-            raise NotImplementedError(f"swap: expected config.{name} to be False, got True; {reason}")
-    for layer in family.layers_of(bare):
-        attention = layer.get_submodule(family.parts.attention)
-        position = getattr(attention, "position_embedding_type", "absolute")
-        if position != "absolute":
-            raise NotImplementedError(f"swap: expected absolute position embeddings, got {position!r}")

@@ -1,6 +1,6 @@
 """The region loss in the conventions of mmsegmentation, and in its registry where it is installed.
 
-In a config: ``custom_imports = dict(imports=["dynplan.integrations.mmsegmentation"])`` and
+In a config: ``custom_imports = dict(imports=["dynplan.integrations.segmentation.mmsegmentation"])`` and
 ``loss_decode=dict(type="RegionLoss", kernel_size=5, loss_weight=1.0)``.
 """
 

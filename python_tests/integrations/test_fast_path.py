@@ -11,7 +11,7 @@ from integrations.models import KINDS, TASKS, batch, encoder_of, tiny
 from torch import nn
 
 import dynplan
-from dynplan.integrations import whole
+from dynplan.integrations.huggingface import fast_path, forward
 from dynplan.nn import UpfrontPlanner
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, RandomPath, StaticPath
 
@@ -40,25 +40,23 @@ def calls(monkeypatch):
         seen.append(1)
         return result
 
-    original = whole.encode_tokens
-    monkeypatch.setattr(whole, "encode_tokens", encode_tokens)
+    original = fast_path.encode_tokens
+    monkeypatch.setattr(fast_path, "encode_tokens", encode_tokens)
     return seen
 
 
 def is_whole(model, calls, **options):
-    """Whether the second of two forwards takes one op (the first one packs weights that have changed)."""
-    inputs = batch() | options
+    """Whether a forward takes one op."""
+    calls.clear()
     with torch.no_grad():
-        model(**inputs)
-        calls.clear()
-        model(**inputs)
+        model(**batch() | options)
     return bool(calls)
 
 
 @torch.no_grad()
 def long_way(model, monkeypatch, **inputs):
     with monkeypatch.context() as patch:
-        patch.setattr(whole.WholeForward, "__call__", lambda *_: None)
+        patch.setattr(forward, "run_fast", lambda *_: None)
         return model(**inputs)
 
 
