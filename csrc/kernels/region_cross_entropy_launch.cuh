@@ -172,8 +172,8 @@ cudaError_t region_cross_entropy_backward(const RegionCrossEntropyParams& p,
                                           const RegionCrossEntropyGrad& grad, size_t most_shared,
                                           cudaStream_t stream) {
   if (p.classes == 0) return cudaSuccess;
-  if (region_pixels(p) ==
-      0) {  // logits that are interpolated may be some all the same; their gradient is dense
+  // Without pixels there may be logits to interpolate all the same; their gradient is dense.
+  if (region_pixels(p) == 0) {
     const int64_t elements = p.batch * p.classes * p.low[0] * p.low[1];
     return elements > 0 ? cudaMemsetAsync(grad.grad_input, 0, elements * sizeof(T), stream) : cudaSuccess;
   }
