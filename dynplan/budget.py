@@ -74,7 +74,7 @@ def within_budget(scores: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
         # Tokens and samples come to the same, and a batch of one is where the time of a small operation
         # counts.
         best = scores.float().nan_to_num(nan=-math.inf).topk(whole_layers(budget, num_layers)).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+        return leave_out_empty(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True), cu_seqlens)
     lengths = cu_seqlens.diff().long()
     # Samples without tokens have no work to do: they go last, lest they use up the sample-layers of others.
     scores = scores.float().masked_fill((lengths == 0).unsqueeze(1), -math.inf).flatten()
@@ -115,7 +115,7 @@ def choose_paths(
     values = values.float().nan_to_num(nan=-3e38, posinf=3e38, neginf=-3e38)
     affordable = values.masked_fill(sizes > whole_layers(budget, num_layers), -math.inf).argmax(1)
     if price is None or batch_size == 1:
-        return paths[affordable]  # nobody to trade with
+        return leave_out_empty(paths[affordable], cu_seqlens)  # nobody to trade with
     wanted = (values - price * sizes).argmax(1)
     lengths = cu_seqlens.diff().long()
     busy = lengths > 0  # samples without tokens neither spend nor save
@@ -137,7 +137,15 @@ def choose_paths(
     wanted = torch.where(extra == 0, affordable, wanted)
     priority = torch.where(extra > 0, gain, math.inf)
     trade = admit(priority, extra, extra * lengths, left_samples, left_tokens)
-    return paths[torch.where(trade & busy, wanted, affordable)]
+    return paths[torch.where(trade, wanted, affordable)] & busy.unsqueeze(1)
+
+
+def leave_out_empty(plan: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The plan, bool ``(B, L)``, without layers for samples that have no tokens: they have no work to do, and
+    :func:`sample_cap` does not count them.
+    """
+    lengths = cu_seqlens[1:] if len(plan) == 1 else cu_seqlens.diff()
+    return plan & (lengths > 0).unsqueeze(1)
 
 
 def sample_cap(cu_seqlens: Tensor, budget: float, num_layers: int) -> Tensor:

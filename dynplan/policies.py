@@ -2,7 +2,8 @@
 
 A policy turns a :class:`PlanRequest` into a plan, bool ``(B, L)``. Those that know a budget treat it as a
 contract: over the batch, kept sample-layers are at most ``budget * B * L`` and kept token-layers at most
-``budget * T * L``, whatever the inputs. Nothing here reads a device value back to the host.
+``budget * T * L``, whatever the inputs; below a budget of 1 samples without tokens keep nothing and do not
+count in B. Nothing here reads a device value back to the host.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dynplan.budget import (
     admit,
     check_budget,
     choose_paths,
+    leave_out_empty,
     sample_cap,
     token_cap,
     whole_layers,
@@ -143,9 +145,8 @@ class FixedPath(Policy):
     def plan(self, request: PlanRequest) -> Tensor:
         shape = (request.batch_size, request.num_layers)
         if self.kept.shape not in (shape, shape[1:]):
-            raise ValueError(
-                f"FixedPath: expected keep of shape {shape[1:]} or {shape}, got {tuple(self.kept.shape)}"
-            )
+            got = tuple(self.kept.shape)
+            raise ValueError(f"FixedPath: expected keep of shape {shape[1:]} or {shape}, got {got}")
         return self.kept.to(request.device, non_blocking=True).expand(shape).contiguous()
 
     def options(self) -> dict[str, Any]:
@@ -184,10 +185,10 @@ class RandomPath(_BudgetPolicy):
     def plan(self, request: PlanRequest) -> Tensor:
         shape = (request.batch_size, request.num_layers)
         if request.batch_size == 1 and request.device.type == "cpu":  # nobody to share with, no time to lose
-            count = whole_layers(self.budget_of(request), request.num_layers)
+            layers = range(request.num_layers)
             with self._lock:
-                kept = set(self._random.sample(range(request.num_layers), count))
-            return torch.tensor([[layer in kept for layer in range(request.num_layers)]])
+                kept = set(self._random.sample(layers, whole_layers(self.budget_of(request), len(layers))))
+            return leave_out_empty(torch.tensor([[layer in kept for layer in layers]]), request.cu_seqlens)
         with self._lock:
             generator = self._generators.get(request.device)
             if generator is None:
@@ -212,7 +213,7 @@ class HashPath(_BudgetPolicy):
     """A path that depends on the sample's tokens alone, in the manner of HashEE (arXiv 2203.01670).
 
     The rival with no learned part: equal sentences take equal paths, and a path never depends on the rest of
-    the batch. Every sample keeps ``floor(budget * L)`` layers.
+    the batch. Every sample that has tokens keeps ``floor(budget * L)`` layers.
 
     Args:
         budget: share of layer work, 0..1.
@@ -229,14 +230,14 @@ class HashPath(_BudgetPolicy):
         if request.input_ids is None:
             raise ValueError("HashPath: expected input_ids, got inputs_embeds")
         ids = request.input_ids.long()
-        token = (
-            torch.ones_like(ids) if request.attention_mask is None else (request.attention_mask != 0).long()
-        )
+        mask = request.attention_mask
+        token = torch.ones_like(ids) if mask is None else (mask != 0).long()
         # The position among the sample's own tokens, so that padding, left or right, changes nothing.
         tokens = _mix(ids + self.seed) * (2 * token.cumsum(1) + 1) * token
         layer = torch.arange(1, request.num_layers + 1, device=request.device)
         rank = _mix(_mix(tokens.sum(1, keepdim=True)) + layer).argsort(dim=1, stable=True).argsort(1)
-        return rank < whole_layers(self.budget_of(request), request.num_layers)
+        keep = rank < whole_layers(self.budget_of(request), request.num_layers)
+        return leave_out_empty(keep, request.cu_seqlens)
 
     def options(self) -> dict[str, Any]:
         return {"budget": self.budget, "seed": self.seed}
@@ -258,9 +259,7 @@ class StaticPath(_BudgetPolicy):
 
     def __init__(self, paths: Mapping[int, Sequence[int]], budget: float = 1.0) -> None:
         super().__init__(budget)
-        self.paths = {
-            int(size): tuple(sorted(int(i) for i in layers)) for size, layers in sorted(paths.items())
-        }
+        self.paths = {int(size): tuple(sorted(map(int, layers))) for size, layers in sorted(paths.items())}
         for size, layers in self.paths.items():
             if len(set(layers)) != size or len(layers) != size:
                 raise ValueError(
@@ -279,7 +278,7 @@ class StaticPath(_BudgetPolicy):
                     f"StaticPath: expected layers 0..{request.num_layers - 1} for this model, got {layer}"
                 )
             keep[:, layer] = True
-        return keep
+        return leave_out_empty(keep, request.cu_seqlens)
 
     @classmethod
     def search(
@@ -346,7 +345,8 @@ class PlannerPolicy(_BudgetPolicy):
         wanted = scores >= self.planner.threshold(budget)
         if len(scores) == 1:
             # As in within_budget: one sample's tokens and layers come to the same.
-            return wanted & (plan.sum() < whole_layers(budget, plan.numel()))
+            spent = plan.sum() >= whole_layers(budget, plan.numel())
+            return wanted & ~spent & (request.cu_seqlens[1:] > 0)
         lengths = request.cu_seqlens.diff()
         wanted &= lengths > 0
         samples = sample_cap(request.cu_seqlens, budget, request.num_layers) - plan.sum()

@@ -46,6 +46,9 @@ def request_of(lengths, width=6, seed=0, budget=None, num_layers=LAYERS):
 def assert_within(plan, request, budget):
     """The contract, in exact integers but for the rounding of the product."""
     lengths = request.cu_seqlens.diff().long()
+    if budget < 1:  # samples without tokens do not count
+        assert plan.sum().item() <= budget * (lengths > 0).sum().item() * plan.shape[1] + 1e-5
+        assert not plan[lengths == 0].any()
     assert plan.dtype == torch.bool and plan.shape == (request.batch_size, request.num_layers)
     assert plan.sum().item() <= budget * plan.numel() + 1e-5
     assert (plan * lengths.unsqueeze(1)).sum().item() <= budget * lengths.sum().item() * plan.shape[1] + 1e-5
@@ -263,6 +266,26 @@ def test_hash_path_depends_on_the_tokens_alone():
     request.input_ids = None
     with pytest.raises(ValueError, match="HashPath: expected input_ids, got inputs_embeds"):
         policy.plan(request)
+
+
+def test_samples_without_tokens_keep_nothing():
+    """Of three samples one has tokens: half of its four layers is all there is to spend."""
+    paths = PlannerPolicy(UpfrontPlanner(6, 4, paths=[(0,), (1, 2)]))
+    stepwise = Scripted(torch.ones(1, 4))
+    for lengths, kept in (([2, 0, 0], 2), ([0], 0), ([2], 2)):
+        request = request_of(lengths, budget=0.5, num_layers=4)
+        upfront = PlannerPolicy(UpfrontPlanner(6, 4))
+        with torch.no_grad():
+            for policy in (HashPath(), StaticPath({2: [0, 3]}), RandomPath(), upfront):
+                plan = policy.plan(request)
+                assert plan[0].sum() == plan.sum() == kept, policy
+            assert paths.plan(request).sum() <= kept
+    request = request_of([0], budget=0.5, num_layers=4)
+    assert (
+        not PlannerPolicy(stepwise)
+        .keep(0, request, request.hidden, torch.zeros(1, 4, dtype=torch.bool))
+        .any()
+    )
 
 
 def test_static_path_takes_the_largest_that_fits():

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kBuildDispatchThreads)
     int64_t begin = 0, end = 0;
     bool kept = false;
     if (sample < p.samples) {
-      kept = p.keep[sample * p.sample_stride + layer * p.layer_stride];
+      kept = is_set(p.keep[sample * p.sample_stride + layer * p.layer_stride]);
       begin = cut(p.cu_seqlens[sample], 0);
       end = cut(p.cu_seqlens[sample + 1], begin);
     }

@@ -12,11 +12,12 @@
 #include <cstdint>
 
 #include "kernels/parallel.h"
+#include "kernels/truth.h"
 
 namespace dynplan::kernels {
 
 struct BuildDispatchParams {
-  const bool* keep;           // keep[b * sample_stride + l * layer_stride]
+  const Truth* keep;          // keep[b * sample_stride + l * layer_stride]
   int64_t sample_stride;
   int64_t layer_stride;
   const int32_t* cu_seqlens;  // (samples + 1,), ascending from 0, last at most capacity
@@ -37,7 +38,7 @@ inline void build_dispatch(const BuildDispatchParams& p, Parallel parallel) {
       int32_t filled = 0;
       offsets[0] = 0;
       for (int64_t b = 0; b < p.samples; ++b) {
-        if (!p.keep[b * p.sample_stride + layer * p.layer_stride]) continue;
+        if (!is_set(p.keep[b * p.sample_stride + layer * p.layer_stride])) continue;
         for (int32_t row = p.cu_seqlens[b]; row < p.cu_seqlens[b + 1]; ++row) rows[filled++] = row;
         offsets[++active] = filled;
       }

@@ -112,8 +112,10 @@ inline void conditional_encoder(const ConditionalEncoderParams& p, Parallel para
     return std::clamp<int64_t>(p.workers == 1 ? most : active / (2 * p.workers), kFlowRows, most);
   });
   // A sample that is much of the work would keep one thread busy and the others waiting.
-  const bool flows = p.workers == 1 || (flow.work() >= 2 * kFlowRows * p.workers * flow.layers() &&
-                                        4 * p.workers * flow.chain() <= 3 * flow.work());
+  const bool flows =
+      flow.layers() > 0 &&
+      (p.workers == 1 || (flow.work() >= 2 * kFlowRows * p.workers * flow.layers() &&
+                          4 * p.workers * flow.chain() <= 3 * flow.work() && !flow.regroups()));
   if (!flows) return together();
   if (p.fill != nullptr) parallel(p.capacity, kFillGrain, *p.fill);
   conditional_encoder(p, {.flow = &flow, .team = nullptr}, parallel, isa);

@@ -32,19 +32,20 @@ inline int64_t find_outside(Ids ids, int64_t n, int64_t limit) {
   return -1;
 }
 
-// Positions of the tokens at `indices` in rows of `length` ids; padding_idx below 0: their columns.
+// Positions of the tokens at `indices` in rows of `length` ids; padding_idx below 0: their columns. (As wide
+// as padding_idx, lest one beyond any table look like one inside.)
 inline void token_positions(Ids ids, int64_t length, int64_t padding_idx, const int32_t* indices,
-                            int64_t tokens, int32_t* positions) {
+                            int64_t tokens, int64_t* positions) {
   int64_t row = -1, next = 0, seen = 0;  // ids in [row * length, next) that are not padding_idx
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t at = indices[t];
     if (padding_idx < 0) {
-      positions[t] = static_cast<int32_t>(at % length);
+      positions[t] = at % length;
       continue;
     }
     if (at / length != row) row = at / length, next = row * length, seen = 0;
     for (; next <= at; ++next) seen += ids[next] != padding_idx;
-    positions[t] = static_cast<int32_t>(padding_idx + (ids[at] != padding_idx ? seen : 0));
+    positions[t] = padding_idx + (ids[at] != padding_idx ? seen : 0);
   }
 }
 
@@ -52,7 +53,7 @@ struct EmbedTokensParams {
   Ids ids;                              // (B * S,), each a row of `word`
   Ids token_types;                      // (B * S,), each a row of `type`; null data: row 0
   const int32_t* indices;               // (T,)
-  const int32_t* positions;             // (T,), each a row of `position`
+  const int64_t* positions;             // (T,), each a row of `position`
   int64_t tokens;                       // T
   int64_t width;                        // E
   const float *word, *type, *position;  // tables of dense rows

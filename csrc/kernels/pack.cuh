@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kPackThreads)
   const int64_t base = blockIdx.x * int64_t{kPackChunk};
   int32_t tokens = 0;
   for (int64_t i = base + threadIdx.x; i < min(base + kPackChunk, p.positions); i += kPackThreads)
-    tokens += p.mask[i] != 0;
+    tokens += is_set(p.mask[i]);
   const BlockSum sum = block_exclusive_sum(tokens, scratch);
   if (threadIdx.x == 0) p.counts[blockIdx.x] = sum.total;
 }
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kPackThreads)
   for (int64_t step = base; step < min(base + kPackChunk, p.positions); step += kPackThreads) {
     const int64_t position = step + threadIdx.x;
     const bool inside = position < p.positions;
-    const bool token = inside && p.mask[position] != 0;
+    const bool token = inside && is_set(p.mask[position]);
     const BlockSum sum = block_exclusive_sum(token, scratch);
     const int32_t before = rank + sum.before;
     if (inside) {

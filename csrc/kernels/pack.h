@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "kernels/parallel.h"
+#include "kernels/truth.h"
 
 namespace dynplan::kernels {
 
@@ -22,16 +23,16 @@ inline int64_t copy_grain(int64_t row_bytes) {
 }
 
 // Writes cu_seqlens (batch + 1) and returns the number of tokens, or -1 - p where the entry at flat position p
-// is neither 0 nor 1.
+// may not stand in a mask.
 template <class Mask>
 int64_t count_tokens(const Mask* mask, int64_t batch, int64_t length, int32_t* cu_seqlens) {
   int64_t total = 0;
   cu_seqlens[0] = 0;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t s = 0; s < length; ++s) {
-      const Mask value = mask[b * length + s];
-      if (value != Mask(0) && value != Mask(1)) return -1 - (b * length + s);
-      total += value != Mask(0);
+      const Mask entry = mask[b * length + s];
+      if (!is_mask_entry(entry)) return -1 - (b * length + s);
+      total += is_set(entry);
     }
     cu_seqlens[b + 1] = static_cast<int32_t>(total);
   }
@@ -41,7 +42,7 @@ int64_t count_tokens(const Mask* mask, int64_t batch, int64_t length, int32_t* c
 template <class Mask>
 void token_indices(const Mask* mask, int64_t positions, int32_t* indices) {
   for (int64_t p = 0; p < positions; ++p)
-    if (mask[p] != Mask(0)) *indices++ = static_cast<int32_t>(p);
+    if (is_set(mask[p])) *indices++ = static_cast<int32_t>(p);
 }
 
 struct PackParams {
@@ -57,6 +58,7 @@ struct PackParams {
 
 // An index below 0 gives a row of zeros.
 inline void pack_rows(const PackParams& p, Parallel parallel) {
+  if (p.row_bytes == 0) return;  // there need be no memory
   parallel(p.tokens, copy_grain(p.row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       char* row = p.packed + t * p.row_bytes;
@@ -81,6 +83,7 @@ struct UnpackParams {
 };
 
 inline void unpack_rows(const UnpackParams& p, Parallel parallel) {
+  if (p.row_bytes == 0) return;
   parallel(p.tokens, copy_grain(p.row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (p.indices[t] < 0) continue;

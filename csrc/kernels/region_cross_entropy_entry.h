@@ -120,10 +120,12 @@ void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropySta
         Box box;
         const int64_t n = tiling.box(unit, box);
         to.folded.begin(n, box);
-        to.kernel.run(n, to.folded.support(box), DirectRows<T>(),
-                      [&](int64_t d, int64_t, const T* row, int64_t class_stride) {
-                        to.folded.add(d, row, class_stride);
-                      });
+        // Pixels may be too few for any to take its value from this box, or there may be none.
+        if (const Box full = to.folded.support(box); full.extent(0) > 0 && full.extent(2) > 0)
+          to.kernel.run(n, full, DirectRows<T>(),
+                        [&](int64_t d, int64_t, const T* row, int64_t class_stride) {
+                          to.folded.add(d, row, class_stride);
+                        });
         to.folded.finish();
       });
 }

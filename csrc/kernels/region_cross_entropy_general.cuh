@@ -230,7 +230,9 @@ __device__ __forceinline__ int probs_loss(const RegionCrossEntropyParams& p, int
     Window<Acc, 1> window;
     window.template merge<T, kUpsampled>(p, n, at, label, c, lse);
     agreement = window.agreement;
-    loss -= target_share<Acc>(p, c, label) * log(window.z[0]);
+    // By count a merged probability may be less than any of those in it. (NaN stays NaN.)
+    constexpr Acc kSmallest = std::numeric_limits<Acc>::min();
+    loss -= target_share<Acc>(p, c, label) * log(window.z[0] < kSmallest ? kSmallest : window.z[0]);
   }
   return agreement;
 }

@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(kThreads)
   if (smoothed_probs) {
     for (int64_t i = threadIdx.x; i < num_pixels; i += kThreads) pixel_scale[i] = 0;
   } else if (probs) {
+    const Acc most_loss = -log(2 * std::numeric_limits<Acc>::min());
     for (int64_t i = threadIdx.x; i < num_anchors; i += kThreads) {
       int64_t at[3], flat;
       Acc s = 0, normalizer = 0, value = 0;
@@ -198,7 +199,14 @@ __global__ void __launch_bounds__(kThreads)
         for_each_agreeing<Acc>(p, n, at, label, [&](int64_t, int64_t, int64_t, Acc w) {
           normalizer += p.normalize == RegionNormalize::count ? Acc(1) : w;
         });
-        value = s * weight / scale * exp(static_cast<const Acc*>(state.losses)[flat] / weight) / normalizer;
+        const Acc loss = static_cast<const Acc*>(state.losses)[flat] / weight;
+        if (loss < most_loss) {
+          value = s * weight / scale * exp(loss) / normalizer;
+        } else {  // of a floored probability, which the loss does not tell
+          Window<Acc, 1> window;
+          window.template merge<T, kUpsampled>(p, n, at, label, label, pixel_lse);
+          value = s * weight / scale / (window.z[0] * window.normalizer);
+        }
       }
       handed[i] = value;
     }

@@ -171,7 +171,12 @@ cudaError_t region_cross_entropy_backward(const RegionCrossEntropyParams& p,
                                           const RegionCrossEntropyState& state,
                                           const RegionCrossEntropyGrad& grad, size_t most_shared,
                                           cudaStream_t stream) {
-  if (region_pixels(p) == 0 || p.classes == 0) return cudaSuccess;
+  if (p.classes == 0) return cudaSuccess;
+  // Without pixels there may be logits to interpolate all the same; their gradient is dense.
+  if (region_pixels(p) == 0) {
+    const int64_t elements = p.batch * p.classes * p.low[0] * p.low[1];
+    return elements > 0 ? cudaMemsetAsync(grad.grad_input, 0, elements * sizeof(T), stream) : cudaSuccess;
+  }
   if (p.low[0] != 0) return region_general_backward<T, true>(p, state, grad, most_shared, stream);
   if constexpr (!std::is_same_v<T, double>) {
     if (region_is_tiled(p, p.input_stride) && region_is_tiled(p, grad.grad_input_stride))

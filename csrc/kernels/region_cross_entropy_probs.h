@@ -9,8 +9,8 @@
 //
 // Planes of logits become planes of probabilities as they are loaded, by the backward once more: exp(x - lse)
 // from the forward's logsumexp would lose the digits that x and lse have in common. Probabilities are floored
-// at the smallest normal number: a window of hopeless pixels stays finite, and its gradient is that of
-// cross-entropy.
+// at the smallest normal number, merged ones too (by count they may be less than any of theirs): a window of
+// hopeless pixels stays finite, and its gradient is that of cross-entropy.
 #pragma once
 
 #include "kernels/region_cross_entropy_backward.h"
@@ -157,7 +157,8 @@ class RegionProbsForward {
     const M valid = own >= 0;
     V loss{};
     for (int64_t c = 0; c < planes_.channels(); ++c) {
-      const V v = valid ? merged_.at(c, i) / merged_.totals[i] : S::fill(1);
+      const V v = S::at_least(valid ? merged_.at(c, i) / merged_.totals[i] : S::fill(1),
+                              std::numeric_limits<T>::min());
       loss += target_share(out_.weights(), planes_.smoothed, c, own) * S::at_least(-S::log(v), 0);
     }
     S::store(losses, S::masked(valid, loss));

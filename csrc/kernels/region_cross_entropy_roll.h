@@ -277,7 +277,9 @@ class Roll {
     for (int64_t t = row.begin; t < row.end; ++t) {
       const auto& tap = plan.tap(t);
       const V w = S::fill(weight[tap.distance]);
-      const T* at = from.data + (row.row + tap.y) * from.row_stride + tap.x + c * from.class_stride;
+      const T* at = kTake == Take::ones
+                        ? nullptr
+                        : from.data + (row.row + tap.y) * from.row_stride + tap.x + c * from.class_stride;
 #pragma GCC unroll 9
       for (int k = 0; k < kMany; ++k)
         if constexpr (kTake == Take::ones)

@@ -124,7 +124,7 @@ class Tiling {
     size_[axis] = size;
     const int64_t count = larger(1, ceil_div(size, larger(1, most)));
     length_[axis] = larger(1, ceil_div(ceil_div(size, count), grain)) * grain;
-    count_[axis] = larger(1, ceil_div(size, length_[axis]));
+    count_[axis] = ceil_div(size, length_[axis]);  // none of an image without pixels
   }
 
   int64_t batch_, size_[3], count_[3], length_[3];

@@ -22,7 +22,7 @@ py::tuple build_dispatch(const Dense<bool>& keep, const Dense<int32_t>& cu_seqle
       throw py::value_error("build_dispatch: expected cu_seqlens to ascend from 0");
   const int64_t capacity = offset[samples];
   Dense<int32_t> rows({layers, capacity}), active({layers, samples + 1}), counts({layers, int64_t{2}});
-  kernels::build_dispatch({.keep = keep.data(),
+  kernels::build_dispatch({.keep = kernels::truths(keep.data()),
                            .sample_stride = layers,
                            .layer_stride = 1,
                            .cu_seqlens = offset,

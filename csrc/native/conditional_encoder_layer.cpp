@@ -23,6 +23,9 @@ using Dense = py::array_t<T, py::array::c_style>;
 Dense<uint8_t> pack_encoder_weights(const std::array<Dense<float>, 12>& w, const std::string& dtype) {
   using kernels::WeightType;
   const int64_t h = w[3].size(), i = w[7].size();
+  if (h == 0 || i == 0)
+    throw py::value_error("pack_encoder_weights: expected sizes to be positive, got H = " +
+                          std::to_string(h) + ", I = " + std::to_string(i));
   const std::array<int64_t, 12> sizes = {3 * h * h, 3 * h, h * h, h, h, h, i * h, i, h * i, h, h, h};
   for (size_t t = 0; t < sizes.size(); ++t)
     if (w[t].size() != sizes[t])

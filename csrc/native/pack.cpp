@@ -2,6 +2,9 @@
 
 #include <pybind11/numpy.h>
 
+#include <limits>
+#include <string>
+
 #include "native/bindings.h"
 
 namespace py = pybind11;
@@ -17,10 +20,13 @@ py::tuple pack(const Dense<float>& hidden, const Dense<bool>& mask) {
       mask.shape(1) != hidden.shape(1))
     throw py::value_error("pack: expected hidden (B, S, H) and mask (B, S)");
   const int64_t batch = hidden.shape(0), length = hidden.shape(1), width = hidden.shape(2);
+  if (batch * length > std::numeric_limits<int32_t>::max())
+    throw py::value_error("pack: expected at most 2^31 - 1 positions, got " + std::to_string(batch * length));
   Dense<int32_t> cu_seqlens(batch + 1);
-  const int64_t tokens = kernels::count_tokens(mask.data(), batch, length, cu_seqlens.mutable_data());
+  const kernels::Truth* const entries = kernels::truths(mask.data());
+  const int64_t tokens = kernels::count_tokens(entries, batch, length, cu_seqlens.mutable_data());
   Dense<int32_t> indices(tokens);
-  kernels::token_indices(mask.data(), batch * length, indices.mutable_data());
+  kernels::token_indices(entries, batch * length, indices.mutable_data());
   Dense<float> packed({tokens, width});
   const int64_t row_bytes = width * static_cast<int64_t>(sizeof(float));
   kernels::pack_rows({.hidden = reinterpret_cast<const char*>(hidden.data()),

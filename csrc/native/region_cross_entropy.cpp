@@ -21,6 +21,11 @@ py::tuple region_cross_entropy(const Dense<float>& input, const Dense<int64_t>& 
   if (kernel_size < 1 || kernel_size > 2 * kernels::kRegionMaxRadius + 1 || kernel_size % 2 == 0)
     throw py::value_error("region_cross_entropy: expected kernel_size to be odd and in 1..15, got " +
                           std::to_string(kernel_size));
+  if (!(sigma > 0)) throw py::value_error("region_cross_entropy: expected sigma to be positive");
+  if (!(p >= 1 && std::isfinite(p)))
+    throw py::value_error("region_cross_entropy: expected p to be finite and at least 1");
+  if (input.shape(1) == 0 && target.size() > 0)
+    throw py::value_error("region_cross_entropy: expected input to have at least 1 class");
   kernels::RegionCrossEntropyParams params;
   params.batch = input.shape(0);
   params.classes = input.shape(1);

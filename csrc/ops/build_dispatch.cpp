@@ -34,7 +34,7 @@ BuildDispatchCall begin_build_dispatch(const at::Tensor& keep, const at::Tensor&
   const at::Tensor rows = allocate(capacity), active_cu_seqlens = allocate(samples + 1), counts = allocate(2);
   return {offsets,
           {rows, active_cu_seqlens, counts},
-          {.keep = keep.const_data_ptr<bool>(),
+          {.keep = kernels::truths(keep.const_data_ptr()),
            .sample_stride = keep.stride(0),
            .layer_stride = all_layers ? keep.stride(1) : 0,
            .cu_seqlens = offsets.const_data_ptr<int32_t>(),

@@ -53,8 +53,9 @@ void check_embed_tokens(const EmbedTokensCall& call) {
   }
   TORCH_CHECK_VALUE(ids.size(0) * ids.size(1) <= std::numeric_limits<int32_t>::max(), op,
                     ": expected at most 2^31 - 1 positions, got ", ids.size(0) * ids.size(1));
-  TORCH_CHECK_VALUE(!call.padding_idx || *call.padding_idx >= 0, op,
-                    ": expected padding_idx to be at least 0, got ", call.padding_idx.value_or(0));
+  const int64_t padding_idx = call.padding_idx.value_or(0), last = call.position.size(0) - 1;
+  TORCH_CHECK_VALUE(padding_idx >= 0 && padding_idx <= last, op, ": expected padding_idx to be within 0..",
+                    last, ", got ", padding_idx);
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

@@ -38,6 +38,8 @@ void check_unpack_backward(const at::Tensor& grad, const at::Tensor& indices) {
   TORCH_CHECK_VALUE(indices.dim() == 1 && indices.scalar_type() == at::kInt,
                     "_unpack_backward: expected indices to be int32 of shape (T,), got ",
                     indices.scalar_type(), " of shape ", indices.sizes());
+  TORCH_CHECK_VALUE(indices.device() == grad.device(), "_unpack_backward: expected indices on ",
+                    grad.device(), ", got ", indices.device());
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {

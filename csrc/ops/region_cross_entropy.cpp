@@ -75,7 +75,8 @@ void check_tensors(const char* op, const at::Tensor& input, const at::Tensor& ta
     fits = target.size(axis) == input.size(axis + 1);
   TORCH_CHECK_VALUE(fits, op, ": expected target to have shape ", upsampled ? "(N, H, W)" : "(N, *spatial)",
                     " for input ", input.sizes(), ", got ", target.sizes());
-  TORCH_CHECK_VALUE(input.size(1) > 0 || input.numel() == 0, op, ": expected input to have at least 1 class");
+  TORCH_CHECK_VALUE(input.size(1) > 0 || target.numel() == 0, op,
+                    ": expected input to have at least 1 class, got ", input.sizes());
   TORCH_CHECK_VALUE(input.size(1) <= std::numeric_limits<int32_t>::max(), op,
                     ": expected input to have fewer than 2^31 classes, got ", input.size(1));
   TORCH_CHECK_VALUE(target.device() == input.device(), op, ": expected target on ", input.device(), ", got ",
@@ -149,8 +150,9 @@ RegionCrossEntropyParams region_cross_entropy_params(const char* op, const at::T
     params.input_stride[2 + space] = input.stride(axis + 2);
     params.target_stride[1 + space] = target.stride(axis + 1);
     params.radius[space] = static_cast<int>(o.kernel_size[axis] / 2);
-    params.stride[space] = o.stride[axis];
-    params.anchors[space] = (params.size[space] + o.stride[axis] - 1) / o.stride[axis];
+    // Any stride beyond the last pixel leaves one anchor; one as large as integers are would overflow.
+    params.stride[space] = std::min(o.stride[axis], std::max<int64_t>(params.size[space], 1));
+    params.anchors[space] = (params.size[space] + params.stride[space] - 1) / params.stride[space];
   }
   for (int axis = 0; axis < 3; ++axis) {
     const double spacing = axis < 3 - axes ? 1.0 : o.spacing[axis - (3 - axes)];

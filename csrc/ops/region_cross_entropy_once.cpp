@@ -42,6 +42,14 @@ struct RegionCrossEntropyOnce : torch::autograd::Function<RegionCrossEntropyOnce
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();  // first: here changed logits are noticed
     const Tensor &grad_value = grads[0], &grad_losses = grads[2];
+    // Several at once (vmap): their number cannot be read, and each takes a gradient of its own.
+    const auto is_batched = [](const Tensor& grad) {
+      constexpr c10::DispatchKeySet kBatched({c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched});
+      return grad.defined() && grad.unsafeGetTensorImpl()->key_set().has_any(kBatched);
+    };
+    if (is_batched(grad_value) && !grad_losses.defined() && !at::GradMode::is_enabled() &&
+        !ctx->saved_data["gradient"].isNone())
+      return {grad_value.mul(ctx->saved_data["gradient"].toTensor()), Tensor(), Tensor(), Tensor()};
     // Handed out once; who receives it may write to it.
     c10::IValue kept = std::exchange(ctx->saved_data["gradient"], c10::IValue());
     if (kept.isNone() || grad_losses.defined() || at::GradMode::is_enabled()) {

@@ -1,6 +1,5 @@
 #include "kernels/build_dispatch.h"
 
-#include <memory>
 #include <random>
 #include <vector>
 
@@ -16,18 +15,19 @@ void against_a_loop(int64_t samples, int64_t layers, double share, unsigned seed
   std::vector<int32_t> cu_seqlens(samples + 1, 0);
   for (int64_t b = 0; b < samples; ++b) cu_seqlens[b + 1] = cu_seqlens[b] + static_cast<int32_t>(random() % 6);
   const int64_t capacity = cu_seqlens[samples] + 3;
-  auto keep = std::make_unique<bool[]>(samples * layers);
-  for (int64_t i = 0; i < samples * layers; ++i) keep[i] = std::uniform_real_distribution<>()(random) < share;
+  std::vector<Truth> keep(samples * layers);  // of any bytes
+  for (Truth& kept : keep)
+    kept.byte = std::uniform_real_distribution<>()(random) < share ? 1 + random() % 255 : 0;
 
   std::vector<int32_t> rows(layers * capacity, -9), offsets(layers * (samples + 1), -9), counts(layers * 2, -9);
-  build_dispatch({keep.get(), layers, 1, cu_seqlens.data(), samples, layers, capacity, rows.data(),
+  build_dispatch({keep.data(), layers, 1, cu_seqlens.data(), samples, layers, capacity, rows.data(),
                   offsets.data(), counts.data()},
                  dynplan::test::threads);
 
   for (int64_t l = 0; l < layers; ++l) {
     std::vector<int32_t> want_rows, want_offsets = {0};
     for (int64_t b = 0; b < samples; ++b) {
-      if (!keep[b * layers + l]) continue;
+      if (!is_set(keep[b * layers + l])) continue;
       for (int32_t row = cu_seqlens[b]; row < cu_seqlens[b + 1]; ++row) want_rows.push_back(row);
       want_offsets.push_back(static_cast<int32_t>(want_rows.size()));
     }

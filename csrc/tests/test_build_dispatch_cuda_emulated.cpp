@@ -33,7 +33,7 @@ Result on_cuda(const Plan& plan, bool layer_major) {
   DeviceBuffer<int32_t> cu_seqlens(plan.cu_seqlens);
   DeviceBuffer<int32_t> rows(plan.layers * plan.capacity), offsets(plan.layers * (samples + 1)),
       counts(plan.layers * 2);
-  EXPECT(build_dispatch_cuda({.keep = reinterpret_cast<bool*>(device_keep.get()),
+  EXPECT(build_dispatch_cuda({.keep = truths(device_keep.get()),
                               .sample_stride = layer_major ? 1 : plan.layers,
                               .layer_stride = layer_major ? samples : 1,
                               .cu_seqlens = cu_seqlens.get(),
@@ -51,7 +51,7 @@ Result on_cpu(const Plan& plan) {
   const int64_t samples = plan.cu_seqlens.size() - 1;
   Result want{std::vector<int32_t>(plan.layers * plan.capacity),
               std::vector<int32_t>(plan.layers * (samples + 1)), std::vector<int32_t>(plan.layers * 2)};
-  build_dispatch({.keep = reinterpret_cast<const bool*>(plan.keep.data()),
+  build_dispatch({.keep = truths(plan.keep.data()),
                   .sample_stride = plan.layers,
                   .layer_stride = 1,
                   .cu_seqlens = plan.cu_seqlens.data(),
@@ -71,7 +71,8 @@ void equals_the_cpu(int64_t samples, int64_t layers, int max_length, double shar
   for (int64_t b = 0; b < samples; ++b)
     plan.cu_seqlens[b + 1] = plan.cu_seqlens[b] + static_cast<int32_t>(random() % (max_length + 1));
   plan.capacity = plan.cu_seqlens[samples] + 3;
-  for (uint8_t& keep : plan.keep) keep = std::uniform_real_distribution<>()(random) < share;
+  for (uint8_t& keep : plan.keep)  // bools of any byte
+    keep = std::uniform_real_distribution<>()(random) < share ? 1 + random() % 255 : 0;
   const Result want = on_cpu(plan);
   EXPECT(on_cuda(plan, false) == want);
   EXPECT(on_cuda(plan, true) == want);

@@ -196,6 +196,35 @@ void against_loops(const Case& c, unsigned seed) {
   }
 }
 
+// A sequence whose rows were those of several, or a part of one, waits for more than itself.
+void regrouped_sequences() {
+  const std::vector<int32_t> rows = {0, 1, 2, 3, 0, 1, 2, 3}, counts = {2, 4, 2, 4};
+  const auto regroups = [&](std::vector<int32_t> offsets) {
+    return Flow({rows.data(), offsets.data(), counts.data(), 2, 4, 2}, [](int64_t) { return 4; }).regroups();
+  };
+  EXPECT(!regroups({0, 1, 4, 0, 1, 4}));
+  EXPECT(regroups({0, 1, 4, 0, 2, 4}) && regroups({0, 3, 4, 0, 1, 4}));
+}
+
+// Nothing to do but what fills the rows.
+void without_layers() {
+  constexpr int64_t kTokens = 300, kWidth = 2;
+  for (CpuIsa isa : {CpuIsa::baseline, CpuIsa::avx2, CpuIsa::avx512}) {
+    if (isa > best_cpu_isa()) continue;
+    for (const int64_t workers : {1, 3}) {
+      std::vector<float> out(kTokens * kWidth, NAN);
+      const auto ones = [&](int64_t first, int64_t last) {
+        std::fill(out.begin() + first * kWidth, out.begin() + last * kWidth, 1.f);
+      };
+      const RangeBody fill = ones;
+      conditional_encoder({out.data(), RowType::float32, nullptr, nullptr, nullptr, nullptr, 0, kTokens, 5,
+                           kWidth, 0, 1, Activation::gelu, 1e-5f, workers, nullptr, nullptr, &fill},
+                          dynplan::test::threads, isa);
+      EXPECT(out == std::vector<float>(kTokens * kWidth, 1.f));
+    }
+  }
+}
+
 void dispatch_problems() {
   const std::vector<int32_t> rows = {0, 2, -1}, offsets = {0, 1, 2}, counts = {2, 2};
   const auto most = [](std::vector<int32_t> r, std::vector<int32_t> o, std::vector<int32_t> c,
@@ -207,6 +236,9 @@ void dispatch_problems() {
   };
   EXPECT(most(rows, offsets, counts, "") == 2);
   EXPECT(most({0, 3, -1}, offsets, counts, "rows in [0, 3), got 3 at 1") == -1);
+  EXPECT(most({2, 0, -1}, offsets, counts, "") == 2);  // any order will do, once each
+  EXPECT(most({0, 0, -1}, offsets, counts, "rows to be distinct, got 0 again at 1") == -1);
+  EXPECT(most({2, -1, -1}, offsets, counts, "rows in [0, 3), got -1 at 1") == -1);
   EXPECT(most(rows, {0, 3, 2}, counts, "ascend, got 3 then 2 at 1") == -1);
   EXPECT(most(rows, {1, 1, 2}, counts, "run from 0 to 2, got 1 to 2") == -1);
   EXPECT(most(rows, offsets, {3, 2}, "at most 2 samples and 3 rows, got 3 and 2") == -1);
@@ -232,5 +264,7 @@ int main() {
   against_loops({{20}, 2, 16, 48, 6, Activation::gelu}, ++seed);  // rows stay where the last layer left them
   against_loops({{70, 41}, 3, 16, 80, 3, Activation::gelu}, ++seed);  // many tiles by columns
   dispatch_problems();
+  regrouped_sequences();
+  without_layers();
   return dynplan::test::finish("conditional_encoder_layer");
 }

@@ -31,7 +31,8 @@ void against_loops(int64_t batch, int64_t length, int64_t width, int64_t padding
 
   std::vector<int32_t> cu_seqlens(batch + 1);
   const int64_t tokens = count_tokens(mask.data(), batch, length, cu_seqlens.data());
-  std::vector<int32_t> indices(tokens), positions(tokens);
+  std::vector<int32_t> indices(tokens);
+  std::vector<int64_t> positions(tokens);
   token_indices(mask.data(), batch * length, indices.data());
   token_positions({ids.data(), true}, length, padding_idx, indices.data(), tokens, positions.data());
 
@@ -90,6 +91,13 @@ int main() {
     for (int64_t width : {2, 16, 37, 64}) against_loops(5, 9, width, padding_idx, ++seed);
   against_loops(0, 4, 8, -1, ++seed);
   against_loops(40, 30, 48, 1, ++seed);  // enough tokens for several threads
+
+  // Positions beyond 2^31 stay what they are.
+  const int64_t id = 3, far = (int64_t{1} << 32) - 5;
+  const int32_t first = 0;
+  int64_t place = 0;
+  token_positions({&id, true}, 1, far, &first, 1, &place);
+  EXPECT(place == far + 1);
 
   const std::vector<int32_t> narrow = {0, 4, -1};
   EXPECT(find_outside({narrow.data(), false}, 2, 5) == -1);

@@ -52,6 +52,13 @@ int main() {
       for (int64_t width : {0, 1, 33}) round_trip(batch, 7, width, density, ++seed);
   round_trip(40, 50, 96, 0.7, ++seed);
 
+  // Bools of any byte.
+  const std::vector<Truth> bytes = {{0}, {1}, {255}, {2}};
+  std::vector<int32_t> offsets(3), places(3);
+  EXPECT(count_tokens(bytes.data(), 2, 2, offsets.data()) == 3);
+  token_indices(bytes.data(), 4, places.data());
+  EXPECT((offsets == std::vector<int32_t>{0, 1, 3}) && (places == std::vector<int32_t>{1, 2, 3}));
+
   const std::vector<int64_t> bad = {1, 0, 3, 1};
   std::vector<int32_t> cu_seqlens(3);
   EXPECT(count_tokens(bad.data(), 2, 2, cu_seqlens.data()) == -1 - 2);

@@ -175,6 +175,15 @@ int main() {
                            .ignored = 7});
   cases.push_back(Case{.size = {1, 1, 1}, .radius = {0, 7, 7}});
   cases.push_back(Case{.batch = 0});
+  for (int64_t axis = 0; axis < 3; ++axis)  // no pixels
+    for (const RegionMerge merge : {RegionMerge::logits, RegionMerge::probs})
+      for (const double smoothing : {0.0, 0.1})
+        for (const int radius : {0, 2}) {
+          Case none{.radius = {0, radius, radius}, .smoothing = smoothing, .merge = merge};
+          if (axis == 0) none.radius[0] = radius;
+          none.size[axis] = 0;
+          cases.push_back(none);
+        }
 
   unsigned seed = 0;
   for (const Case& each : cases)

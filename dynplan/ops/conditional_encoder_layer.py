@@ -112,7 +112,7 @@ def conditional_encoder_layer(
     """
     if _is_composed(hidden, [weights], dropout, attention_dropout, gates):
         _check("conditional_encoder_layer", hidden, num_heads, activation)
-        sizes = active_sizes(dispatch.cu_seqlens.tolist())
+        sizes = _check_dispatch("conditional_encoder_layer", hidden, dispatch, dispatch.cu_seqlens.tolist())
         return _compose_layer(
             hidden, dispatch, sizes, weights, num_heads, activation, eps, dropout, attention_dropout, gates
         )
@@ -163,7 +163,7 @@ def conditional_encoder(
         hidden = _compose_layer(
             hidden,
             dispatch.layer(layer),
-            active_sizes(offsets[layer]),
+            _check_dispatch("conditional_encoder", hidden, dispatch.layer(layer), offsets[layer]),
             layer_weights,
             num_heads,
             activation,
@@ -216,6 +216,29 @@ def active_sizes(offsets: Sequence[int]) -> ActiveSizes:
     rows = offsets[-1]
     lengths = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
     return ActiveSizes(offsets.index(rows), rows, max(lengths, default=0))
+
+
+def _check_dispatch(op: str, hidden: Tensor, dispatch: Dispatch, offsets: list[int]) -> ActiveSizes:
+    """The sizes of a layer's dispatch, which is checked as the compiled ops check it; rows on CPU alone."""
+    sizes, tokens = active_sizes(offsets), len(hidden)
+    torch._check_value(
+        offsets[0] == 0 and offsets == sorted(offsets) and offsets[-1] <= tokens,
+        lambda: f"{op}: expected cu_seqlens to ascend from 0 to at most {tokens}, got {offsets}",
+    )
+    rows = dispatch.rows[: sizes.rows]
+    if rows.device.type != "cpu" or sizes.rows == 0:
+        return sizes
+    ascends = bool((rows[1:] > rows[:-1]).all())  # as in every dispatch of build_dispatch
+    lowest, highest = (rows[[0, -1]] if ascends else torch.stack(rows.aminmax())).tolist()
+    torch._check_value(
+        lowest >= 0 and highest < tokens,
+        lambda: f"{op}: expected rows in [0, {tokens}), got {lowest if lowest < 0 else highest}",
+    )
+    torch._check_value(
+        ascends or len(rows.unique()) == sizes.rows,
+        lambda: f"{op}: expected rows to be distinct, got {rows.tolist()}",
+    )
+    return sizes
 
 
 def _compose_layer(

@@ -60,6 +60,7 @@ def embed_tokens(
                 padding_idx,
             )
         )
+    check_inputs("embed_tokens", input_ids, attention_mask, word, position, padding_idx)
     batch_size, length = input_ids.shape
     embedded = F.embedding(input_ids, word)
     embedded = embedded + (type[0] if token_type_ids is None else F.embedding(token_type_ids, type))
@@ -78,28 +79,36 @@ def embed_tokens(
     return Packed(embedded.flatten(0, 1), places, offsets)
 
 
-@torch.library.register_fake("dynplan::embed_tokens")
-def _embed_tokens_fake(
-    input_ids, attention_mask, token_type_ids, word, type, position, norm_weight, norm_bias, eps, padding_idx
-) -> tuple[Tensor, Tensor, Tensor]:
+def check_inputs(op, input_ids, attention_mask, word, position, padding_idx) -> None:
+    """What every op that embeds asks for, as the compiled ops word it."""
     torch._check_value(
         input_ids.dim() == 2,
-        lambda: f"embed_tokens: expected input_ids to have shape (B, S), got {list(input_ids.shape)}",
+        lambda: f"{op}: expected input_ids to have shape (B, S), got {list(input_ids.shape)}",
     )
-    torch._check_value(
-        word.dim() == 2,
-        lambda: f"embed_tokens: expected word to have shape (V, E), got {list(word.shape)}",
-    )
-    tokens = input_ids.numel()
     if attention_mask is not None:
         torch._check_value(
             attention_mask.shape == input_ids.shape,
             lambda: (
-                f"embed_tokens: expected attention_mask to have shape {list(input_ids.shape)}, "
+                f"{op}: expected attention_mask to have shape {list(input_ids.shape)}, "
                 f"got {list(attention_mask.shape)}"
             ),
         )
-        tokens = torch.library.get_ctx().new_dynamic_size()
+    torch._check_value(
+        word.dim() == 2,
+        lambda: f"{op}: expected word to have shape (V, E), got {list(word.shape)}",
+    )
+    torch._check_value(
+        padding_idx is None or 0 <= padding_idx < position.shape[0],
+        lambda: f"{op}: expected padding_idx to be within 0..{position.shape[0] - 1}, got {padding_idx}",
+    )
+
+
+@torch.library.register_fake("dynplan::embed_tokens")
+def _embed_tokens_fake(
+    input_ids, attention_mask, token_type_ids, word, type, position, norm_weight, norm_bias, eps, padding_idx
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_inputs("embed_tokens", input_ids, attention_mask, word, position, padding_idx)
+    tokens = input_ids.numel() if attention_mask is None else torch.library.get_ctx().new_dynamic_size()
     int32 = {"dtype": torch.int32}
     return (
         word.new_empty((tokens, word.shape[1])),

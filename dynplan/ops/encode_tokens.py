@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynplan._library import find_op
 from dynplan.ops.conditional_encoder_layer import check_options
+from dynplan.ops.embed_tokens import check_inputs
 
 _encode_tokens = find_op("encode_tokens")
 
@@ -98,13 +99,6 @@ def _encode_tokens_fake(
     eps,
     reads_first,
 ) -> Tensor:
-    torch._check_value(
-        input_ids.dim() == 2,
-        lambda: f"encode_tokens: expected input_ids to have shape (B, S), got {list(input_ids.shape)}",
-    )
-    torch._check_value(
-        word.dim() == 2,
-        lambda: f"encode_tokens: expected word to have shape (V, E), got {list(word.shape)}",
-    )
+    check_inputs("encode_tokens", input_ids, attention_mask, word, position, padding_idx)
     check_options("encode_tokens", word.shape[1], num_heads, activation)
     return word.new_empty((*input_ids.shape, word.shape[1]))

@@ -151,6 +151,9 @@ def run(
 ) -> RegionStats:  # fmt: skip
     """Calls the op, or its upsampled twin unless ``align_corners`` is None, in the schemas' terms."""
     op = "region_cross_entropy" if align_corners is None else "region_cross_entropy_upsampled"
+    for argument, value in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (value is None and argument == "weight"):
+            raise TypeError(f"{op}: expected {argument} to be a tensor, got {type(value).__name__}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: expected reduction to be 'mean', 'sum' or 'none', got {reduction!r}")
     if process_group is not None and reduction != "mean":

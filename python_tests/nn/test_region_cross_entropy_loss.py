@@ -1,5 +1,6 @@
 """RegionCrossEntropyLoss, and the adapters that give it other libraries' conventions."""
 
+import re
 import sys
 import types
 
@@ -69,6 +70,73 @@ def test_monai():
     torch.testing.assert_close(binary(INPUT[:, :1], truth), expected)
     volume = torch.randn(1, 2, 4, 5, 6)
     assert monai.RegionLoss(spacing=(3.0, 1.0, 1.0))(volume, torch.zeros(1, 1, 4, 5, 6)).isfinite()
+
+
+def test_soft_labels_are_refused():
+    """A loss over windows of one label would have to make hard ones of them."""
+    binary, multiclass = (segmentation_models_pytorch.RegionLoss(m) for m in ("binary", "multiclass"))
+    truth = (TARGET > 0).float()[:, None]
+    for soft, text in ((0.9, "0.9"), (1.5, "1.5"), (float("nan"), "nan")):
+        changed = truth.clone()
+        changed[1, 0, 2, 3] = soft
+        with pytest.raises(ValueError, match=f"RegionLoss: expected y_true to hold whole labels, got {text}"):
+            binary(INPUT[:, :1], changed)
+        with pytest.raises(ValueError, match=f"RegionLoss: expected y_true to hold whole labels, got {text}"):
+            multiclass(INPUT, changed)
+        with pytest.raises(ValueError, match=f"RegionLoss: expected target to hold whole labels, got {text}"):
+            monai.RegionLoss()(INPUT, changed)
+    one_hot = F.one_hot(TARGET, 3).movedim(-1, 1)
+    for column, shown in (
+        ([0.2, 0.8, 0.0], "0.2.*0.8"),
+        ([0.0] * 3, "0.0, 0.0, 0.0"),
+        ([1.0, 1.0, 0.0], "1.0, 1.0"),
+    ):
+        changed = one_hot.float()
+        changed[0, :, 4, 5] = torch.tensor(column)
+        with pytest.raises(ValueError, match=rf"RegionLoss: expected target to be one-hot .*, got \[{shown}"):
+            monai.RegionLoss()(INPUT, changed)
+    for kind in (torch.bool, torch.uint8, torch.float16, torch.float32):
+        assert torch.equal(monai.RegionLoss()(INPUT, one_hot.to(kind)), region_cross_entropy(INPUT, TARGET))
+    with pytest.raises(ValueError, match="RegionLoss: expected target to have 1 or 3 channels, got 2"):
+        monai.RegionLoss()(INPUT, one_hot[:, :2])
+
+
+def test_adapters_in_a_compiled_graph():
+    binary = segmentation_models_pytorch.RegionLoss("binary")
+    truth = (TARGET > 0).float()[:, None]
+    compiled = torch.compile(lambda x, y: binary(x, y), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(INPUT[:, :1], truth), binary(INPUT[:, :1], truth))
+    with pytest.raises(RuntimeError, match="RegionLoss: expected y_true to hold whole labels"):
+        compiled(INPUT[:, :1], truth + 0.25)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 9, 12), (2, 9, 12), (2, 12)])
+def test_binary_logits_have_one_channel(shape):
+    loss, truth = segmentation_models_pytorch.RegionLoss("binary"), (TARGET > 0).float()
+    shown = re.escape(str(list(shape)))
+    with pytest.raises(
+        ValueError, match=rf"y_pred to have shape \(N, 1, H, W\) with mode 'binary', got {shown}"
+    ):
+        loss(torch.randn(shape), truth)
+
+
+def test_adapters_name_themselves_and_the_argument():
+    smp, mmseg = segmentation_models_pytorch.RegionLoss, mmsegmentation.RegionLoss
+    for make in (lambda: smp("binary", from_logits=True), lambda: smp("multiclass", classes=[1]),
+                 lambda: monai.RegionLoss(softmax=True), lambda: monai.RegionLoss(to_onehot_y=True),
+                 lambda: mmseg(use_sigmoid=False)):  # fmt: skip
+        with pytest.raises(
+            TypeError, match="^RegionLoss: expected options among kernel_size, .*, got [a-z_]+$"
+        ):
+            make()
+    with pytest.raises(TypeError, match="RegionLoss: expected y_true to be a tensor, got ndarray"):
+        smp("multiclass")(INPUT, TARGET.numpy())
+    with pytest.raises(TypeError, match="RegionLoss: expected y_pred to be a tensor, got ndarray"):
+        smp("binary")(INPUT[:, :1].numpy(), TARGET)
+    with pytest.raises(TypeError, match="RegionLoss: expected target to be a tensor, got ndarray"):
+        monai.RegionLoss()(INPUT, TARGET.numpy())
+    with pytest.raises(TypeError, match="region_cross_entropy: expected target to be a tensor, got ndarray"):
+        mmseg()(INPUT, TARGET.numpy())
 
 
 def test_mmsegmentation(monkeypatch):

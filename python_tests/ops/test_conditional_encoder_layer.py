@@ -1,6 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from helpers import INSTRUCTION_SETS, assert_close_to_exact, on_threads
@@ -259,6 +260,8 @@ def test_errors(change, text, composed):
         ({"rows": torch.zeros(1, 3)}, TypeError, "rows to be int32, got Float"),
         ({"rows": torch.zeros(1, 4).int()}, ValueError, r"rows to have shape \[1, 3\], got \[1, 4\]"),
         ({"rows": torch.tensor([[0, 3, 1]]).int()}, ValueError, r"rows in \[0, 3\), got 3 at 1"),
+        ({"rows": torch.tensor([[0, 1, 1]]).int()}, ValueError, "rows to be distinct, got 1 again at 2"),
+        ({"rows": torch.tensor([[-1, 1, 2]]).int()}, ValueError, r"rows in \[0, 3\), got -1 at 0"),
         ({"counts": torch.tensor([[3, 3]]).int()}, ValueError, "counts to be at most 2 samples and 3 rows"),
         ({"cu_seqlens": torch.tensor([[0, 5, 3]]).int()}, ValueError, "cu_seqlens to ascend, got 5 then 3"),
         ({"packed": torch.zeros(80).byte()}, ValueError, "packed_weights to come from pack_encoder_weights"),
@@ -274,3 +277,61 @@ def test_dispatch_errors(change, error, text):
     dispatch = Dispatch(*(arguments[name] for name in Dispatch._fields))
     with pytest.raises(error, match="conditional_encoder: expected " + text):
         conditional_encoder(arguments["hidden"], dispatch, None, 2, packed_weights=[arguments["packed"]])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"rows": torch.tensor([[0, 1, 1]]).int()}, r"rows to be distinct, got \[0, 1, 1\]"),
+        ({"rows": torch.tensor([[0, 3, 1]]).int()}, r"rows in \[0, 3\), got 3"),
+        ({"rows": torch.tensor([[-1, 1, 2]]).int()}, r"rows in \[0, 3\), got -1"),
+        ({"cu_seqlens": torch.tensor([[0, 5, 3]]).int()}, r"cu_seqlens to ascend .*, got \[0, 5, 3\]"),
+        ({"cu_seqlens": torch.tensor([[0, 2, 4]]).int()}, r"cu_seqlens to ascend from 0 to at most 3, got"),
+        ({"cu_seqlens": torch.tensor([[1, 2, 3]]).int()}, r"cu_seqlens to ascend from 0 to at most 3, got"),
+    ],
+)
+def test_dispatch_errors_where_gradients_are_wanted(change, text):
+    hidden, _, _, weights = draw_inputs([2, 1], 8, 4, 1, 0)
+    dispatch = build_dispatch(torch.ones(2, 1).bool(), torch.tensor([0, 2, 3]).int(), 3)._replace(**change)
+    hidden.requires_grad_()
+    with pytest.raises(ValueError, match="conditional_encoder: expected " + text):
+        conditional_encoder(hidden, dispatch, weights, 2)
+    with pytest.raises(ValueError, match="conditional_encoder_layer: expected " + text):
+        conditional_encoder_layer(hidden, dispatch.layer(0), weights[0], 2)
+
+
+def test_native_refuses_rows_that_are_not_distinct():
+    hidden, _, _, [weights] = draw_inputs([2, 2], 8, 4, 1, 0)
+    packed = _native.pack_encoder_weights([w.numpy() for w in weights])
+    rows, offsets, counts = (np.array([x], np.int32) for x in ([0, 1, 0, 1], [0, 2, 4], [2, 4]))
+    with pytest.raises(
+        ValueError, match="conditional_encoder: expected rows to be distinct, got 0 again at 2"
+    ):
+        _native.conditional_encoder(hidden.numpy(), rows, offsets, counts, [packed], 2)
+    with pytest.raises(ValueError, match="expected packed_weights to begin at a multiple of 8 bytes"):
+        shifted = np.concatenate([packed[:1], packed])[1:]
+        _native.conditional_encoder(
+            hidden.numpy(), rows * 0 + np.arange(4, dtype=np.int32), offsets, counts, [shifted], 2
+        )
+    with pytest.raises(ValueError, match="pack_encoder_weights: expected sizes to be positive, got H = 0"):
+        _native.pack_encoder_weights([np.zeros(0, np.float32)] * 12)
+
+
+def test_rows_may_come_in_any_order_and_in_other_sequences_each_layer():
+    """As no dispatch of build_dispatch has them: pieces must not wait for the wrong rows alone."""
+    hidden, _, _, weights = draw_inputs([8] * 90, 16, 24, 3, 0)
+    tokens = len(hidden)
+    rows = torch.stack([torch.randperm(tokens) for _ in weights]).int()
+    offsets = torch.arange(0, tokens + 1, 8).int()
+    counts = torch.tensor([90, tokens]).int()
+    dispatch = Dispatch(rows, offsets.expand(3, -1).contiguous(), counts.expand(3, -1).contiguous())
+    packed = [pack_encoder_weights(w) for w in weights]
+    expected = hidden
+    for layer in range(3):
+        expected = conditional_encoder_layer(
+            expected, dispatch.layer(layer), None, 2, packed_weights=packed[layer]
+        )
+    for got in on_threads(
+        [1, 2, 4] * 5, lambda: conditional_encoder(hidden, dispatch, None, 2, packed_weights=packed)
+    ):
+        assert torch.equal(got, expected)

@@ -3,6 +3,7 @@ import torch
 from helpers import DEVICES, assert_close_to_exact, on_threads
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynplan import _native
 from dynplan.ops import embed_tokens
@@ -141,7 +142,23 @@ def test_errors(place, value, error, text):
         embed_tokens(*inputs)
 
 
-@torch.no_grad()
-def test_negative_padding_idx():
-    with pytest.raises(ValueError, match="embed_tokens: expected padding_idx to be at least 0, got -1"):
-        embed_tokens(*draw_inputs(), 1e-5, -1)
+@pytest.mark.parametrize("padding_idx", [-1, 9, 2**31 - 1, 2**31, 2**32 - 5, 2**63 - 1])
+@pytest.mark.parametrize("wanted", [False, True], ids=["kernel", "composed"])
+def test_padding_idx_is_a_row_of_position(padding_idx, wanted):
+    inputs = draw_inputs()
+    inputs[5] = inputs[5][:9]
+    text = f"embed_tokens: expected padding_idx to be within 0..8, got {padding_idx}"
+    with torch.set_grad_enabled(wanted), pytest.raises(ValueError, match=text):
+        embed_tokens(*inputs, 1e-5, padding_idx)
+    with FakeTensorMode() as mode, torch.no_grad(), pytest.raises(ValueError, match=text):
+        OP(*(mode.from_tensor(x) for x in inputs), 1e-5, padding_idx)
+    if padding_idx >= 0:
+        with pytest.raises(ValueError, match="expected padding_idx to be a row of position or below 0, got"):
+            _native.embed_tokens(*(x.numpy() for x in inputs), eps=1e-5, padding_idx=padding_idx)
+
+
+def test_native_errors():
+    inputs = [x.numpy() for x in draw_inputs()]
+    for place in (1, 2):
+        with pytest.raises(ValueError, match="embed_tokens: expected ids, mask and types"):
+            _native.embed_tokens(*inputs[:place], inputs[place].T.copy(), *inputs[place + 1 :], eps=1e-5)

@@ -93,6 +93,23 @@ def test_bits_depend_on_nothing_else(batch_size, length, dtype):
     assert torch.equal(none, unpack(*embed_tokens(*batch, *embeddings)[:2], batch_size, length))
 
 
+@pytest.mark.parametrize("length", [5, 300])
+@torch.no_grad()
+def test_without_layers(length):
+    batch, embeddings, _, _ = draw(3, length)
+    expected = unpack(*embed_tokens(*batch, *embeddings)[:2], 3, length)
+    got = on_threads((1, 2), lambda: encode_tokens(*batch, *embeddings, None, [], HEADS))
+    assert all(torch.equal(one, expected) for one in got)
+
+
+@torch.no_grad()
+def test_weights_at_any_address():
+    batch, embeddings, keep, weights = draw()
+    packed = [pack_encoder_weights(layer) for layer in weights]
+    shifted = [torch.cat([blob.new_zeros(1), blob])[1:] for blob in packed]
+    assert torch.equal(*(encode_tokens(*batch, *embeddings, keep, p, HEADS) for p in (packed, shifted)))
+
+
 @pytest.mark.parametrize("batch_size", [0, 3])
 @pytest.mark.parametrize("given", [True, False])
 def test_opcheck(batch_size, given):
@@ -140,6 +157,8 @@ def test_watch():
         ({"attention_mask": torch.ones(3, 7)}, TypeError, "attention_mask to be bool or integer, got Float"),
         ({"keep": torch.ones(3, 2)}, TypeError, "keep to be bool, got Float"),
         ({"keep": torch.ones(2).bool()}, ValueError, r"keep to have shape \(B, L\) = \[3, 2\], got \[2\]"),
+        ({"padding_idx": -1}, ValueError, "padding_idx to be within 0..10, got -1"),
+        ({"padding_idx": 2**32 - 5}, ValueError, "padding_idx to be within 0..10, got 4294967291"),
         ({"num_heads": 3}, ValueError, "num_heads to divide the width 16, got 3"),
         ({"activation": "tanh"}, ValueError, "activation to be one of gelu, .*, got tanh"),
         ({"packed_weights": [torch.zeros(3)] * 2}, TypeError, "packed_weights .* to be Byte, got Float"),

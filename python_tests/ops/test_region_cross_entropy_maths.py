@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close_to_exact
+from helpers import DEVICES, assert_close_to_exact
 from test_region_cross_entropy import case, merges, value_and_grad
 
 from dynplan.ops import region_cross_entropy
@@ -257,3 +257,30 @@ def test_gradient_equals_central_differences(p, options):
         moved[index] -= 2 * step
         down = region_cross_entropy(moved.view_as(input), target, p=p, **options)
         assert abs((up - down).item() / (2 * step) - gradient.view(-1)[index].item()) < 1e-8
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", ["weight", "count"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_merged_probabilities_have_the_floor_of_single_ones(normalize, smoothing, dtype, device):
+    """Divided by a count, a merged probability may be less than any of those in it."""
+    input = (
+        torch.tensor([1e4, 0.0], dtype=dtype, device=device)
+        .view(1, 2, 1, 1)
+        .repeat(1, 1, 6, 7)
+        .requires_grad_()
+    )
+    target = torch.ones(1, 6, 7, dtype=torch.long, device=device)
+    options = {
+        "kernel_size": 5, "sigma": 0.3, "merge": "probs", "normalize": normalize, "label_smoothing": smoothing
+    }  # fmt: skip
+    loss = region_cross_entropy(input, target, **options)
+    torch.testing.assert_close(
+        loss, reference.region_cross_entropy(input, target, **options), rtol=1e-6, atol=0
+    )
+    loss.backward()  # goes on below the floor, as cross-entropy's
+    each = (1 - smoothing / 2) / target.numel()
+    torch.testing.assert_close(
+        input.grad.sum((2, 3)), torch.tensor([[each, -each]], dtype=dtype, device=device) * 42
+    )

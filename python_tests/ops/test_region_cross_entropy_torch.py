@@ -222,10 +222,38 @@ def test_label_out_of_range_names_the_value(label):
     region_cross_entropy(input, target, ignore_index=(-100, label))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("merge", ["logits", "probs"])
+def test_vectorised_jacobian(merge, dtype):
+    input, target = case(4, 5, classes=3, batch=1, dtype=dtype)
+    for reduction in ("mean", "none"):
+
+        def loss(x, reduction=reduction):
+            return region_cross_entropy(x, target, 3, merge=merge, reduction=reduction) * 2
+
+        one_by_one = torch.autograd.functional.jacobian(loss, input)
+        together = torch.autograd.functional.jacobian(loss, input, vectorize=True)
+        assert_same_but_for_order(together, one_by_one)
+    # Several gradients at once from one graph, which is then used again.
+    input.requires_grad_()
+    value = region_cross_entropy(input, target, 3, merge=merge)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=dtype)
+    several = torch.autograd.grad(value, input, factors, is_grads_batched=True, retain_graph=True)[0]
+    one = torch.autograd.grad(value, input, retain_graph=True)[0]
+    assert_same_but_for_order(several, factors.view(-1, 1, 1, 1, 1) * one)
+    again = torch.autograd.grad(value, input, factors, is_grads_batched=True)[0]
+    assert_same_but_for_order(again, several)
+
+
 ERRORS = {
     "input dtype": (TypeError, "expected input to be float32, .* got Long",
                     {"input": torch.zeros(1, 2, 3, 3).long()}),
     "target dtype": (TypeError, "expected target to be integer, got Float", {"target": torch.zeros(1, 3, 3)}),
+    "input type": (TypeError, "expected input to be a tensor, got ndarray",
+                   {"input": torch.zeros(1, 2, 3, 3).numpy()}),
+    "target type": (TypeError, "expected target to be a tensor, got ndarray",
+                    {"target": torch.zeros(1, 3, 3).long().numpy()}),
+    "weight type": (TypeError, "expected weight to be a tensor, got list", {"weight": [1.0, 2.0]}),
     "input rank": (ValueError, "expected input to have shape .*got \\[2, 3\\]", {"input": torch.zeros(2, 3)}),
     "target shape": (ValueError, "expected target to have shape .*got \\[1, 3, 4\\]",
                      {"target": torch.zeros(1, 3, 4).long()}),

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "kernels/encoder/packed_weights.h"
 
@@ -17,6 +18,31 @@ struct DispatchView {
   const int32_t* counts;      // (L, 2)
   int64_t layers, capacity, samples;
 };
+
+// Whether rows are as build_dispatch gives them: each above the one before, all in [0, capacity).
+inline bool ascend_within(const int32_t* row, int32_t count, int64_t capacity) {
+  bool ascends = true;
+  for (int32_t r = 1; r < count; ++r) ascends &= row[r - 1] < row[r];
+  return count == 0 || (ascends && row[0] >= 0 && row[count - 1] < capacity);
+}
+
+// Whether rows are distinct and in [0, capacity), in any order; else `problem` is set.
+inline bool distinct_within(const int32_t* row, int32_t count, int64_t capacity, std::string& problem) {
+  std::vector<bool> taken(capacity);
+  for (int32_t r = 0; r < count; ++r) {
+    if (row[r] < 0 || row[r] >= capacity) {
+      problem = "rows in [0, " + std::to_string(capacity) + "), got " + std::to_string(row[r]) + " at " +
+                std::to_string(r);
+      return false;
+    }
+    if (taken[row[r]]) {
+      problem = "rows to be distinct, got " + std::to_string(row[r]) + " again at " + std::to_string(r);
+      return false;
+    }
+    taken[row[r]] = true;
+  }
+  return true;
+}
 
 // The most active rows of any layer, or -1 with `problem` set to what was expected and what came.
 inline int64_t check_dispatch(const DispatchView& d, std::string& problem) {
@@ -42,14 +68,16 @@ inline int64_t check_dispatch(const DispatchView& d, std::string& problem) {
                   text(s);
         return -1;
       }
-    for (int32_t r = 0; r < active; ++r)
-      if (row[r] < 0 || row[r] >= d.capacity) {
-        problem = "rows in [0, " + text(d.capacity) + "), got " + text(row[r]) + " at " + text(r);
-        return -1;
-      }
+    if (!ascend_within(row, active, d.capacity) && !distinct_within(row, active, d.capacity, problem))
+      return -1;
     most = most < active ? active : most;
   }
   return most;
+}
+
+// Whether a blob's header may be read where it is.
+inline bool is_aligned(const void* blob) {
+  return reinterpret_cast<uintptr_t>(blob) % alignof(PackedHeader) == 0;
 }
 
 struct PackedShape {
@@ -61,6 +89,11 @@ struct PackedShape {
 // What a blob for layers of width `hidden_size` holds; nothing, with `problem` set, if it is not one.
 inline std::optional<PackedShape> check_packed(const void* blob, int64_t bytes, int64_t hidden_size,
                                                std::string& problem) {
+  if (!is_aligned(blob)) {
+    problem = "packed_weights to begin at a multiple of " + std::to_string(alignof(PackedHeader)) +
+              " bytes, got another address";
+    return std::nullopt;
+  }
   PackedHeader header = {};
   if (bytes >= static_cast<int64_t>(sizeof(header))) std::memcpy(&header, blob, sizeof(header));
   const bool known = header.type == WeightType::float32 || header.type == WeightType::bfloat16 ||

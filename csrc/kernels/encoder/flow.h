@@ -2,7 +2,8 @@
 // to scatter by one thread while their rows are in its cache. Pieces are taken in the order of layers. A
 // sequence waits for nobody but itself, one layer before, so threads do not meet at the end of a layer.
 //
-// No deadlock: what a piece waits for was taken before it, and the earliest piece taken waits for nothing.
+// No deadlock: what a piece waits for is of an earlier layer (the rows of one are distinct), so it was taken
+// before it, and the earliest piece taken waits for nothing.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,7 @@ class Flow {
   Flow(const DispatchView& d, Target target)
       : d_(d), earlier_(d.layers * d.samples), finished_(new std::atomic<int32_t>[d.capacity]) {
     std::vector<int32_t> layers(d.capacity), rows(d.capacity);  // of a sample so far, by its first row
+    std::vector<int32_t> firsts(d.capacity, -1);                // by row: the first of the sequence it was in
     for (int64_t layer = 0; layer < d.layers; ++layer) {
       for (int64_t s = 0; s < d.counts[2 * layer]; ++s) {
         const int32_t length = offset(layer, s + 1) - offset(layer, s);
@@ -35,6 +37,11 @@ class Flow {
         earlier_[layer * d.samples + s] = layers[at]++;
         chain_ = std::max<int64_t>(chain_, rows[at] += length);
         longest_ = std::max<int64_t>(longest_, length);
+        for (int32_t r = offset(layer, s); r < offset(layer, s + 1); ++r) {
+          int32_t& first = firsts[d.rows[layer * d.capacity + r]];
+          regroups_ |= first >= 0 && first != at;
+          first = at;
+        }
       }
       if (d.counts[2 * layer + 1] > 0) cut(layer, target(d.counts[2 * layer + 1]));
     }
@@ -50,6 +57,9 @@ class Flow {
   int64_t rows() const { return rows_; }        // of the largest piece
   int64_t longest() const { return longest_; }  // sequence
   int64_t layers() const { return layers_; }    // that have rows
+  // Whether some row changes from one sequence to another between layers, as in no dispatch of
+  // build_dispatch: then a sequence has to wait for more than itself, and pieces must run in their order.
+  bool regroups() const { return regroups_; }
   // Rows times layers: of all samples, and of the one with most, which cannot be in two layers at once.
   int64_t work() const { return work_; }
   int64_t chain() const { return chain_; }
@@ -102,6 +112,7 @@ class Flow {
   std::unique_ptr<std::atomic<int32_t>[]> finished_;  // (T,): and has, by its first row
   std::atomic<size_t> next_{0};
   int64_t rows_ = 0, longest_ = 0, layers_ = 0, work_ = 0, chain_ = 0;
+  bool regroups_ = false;
 };
 
 }  // namespace dynplan::kernels

@@ -64,8 +64,8 @@ PackedStack read_packed(const char* op, at::TensorList packed_weights, int64_t w
   // One short text finds none of the headers in cache: all are asked for before the first is looked at.
   for (const at::Tensor& blob : packed_weights) __builtin_prefetch(blob.const_data_ptr());
   for (const at::Tensor& blob : packed_weights) {
-    const bool is_dense = blob.is_contiguous();
-    if (!is_dense) stack.dense.push_back(blob.contiguous());
+    const bool is_dense = blob.is_contiguous() && kernels::is_aligned(blob.const_data_ptr());
+    if (!is_dense) stack.dense.push_back(blob.clone(at::MemoryFormat::Contiguous));
     stack.blobs.push_back((is_dense ? blob : stack.dense.back()).const_data_ptr());
     checked.emplace_back(stack.blobs.back(), blob.numel());
   }

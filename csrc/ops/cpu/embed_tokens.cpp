@@ -65,7 +65,7 @@ TokenRows find_token_rows(const EmbedTokensCall& call) {
   const int32_t* indices = rows.tokens.indices.const_data_ptr<int32_t>();
   rows.positions.resize(count);
   kernels::token_positions(ids, length, call.padding_idx.value_or(-1), indices, count, rows.positions.data());
-  for (const int32_t place : rows.positions)
+  for (const int64_t place : rows.positions)
     TORCH_CHECK_INDEX(place < call.position.size(0), call.op, ": expected positions within 0..",
                       call.position.size(0) - 1, ", got ", place);
   rows.params = {.ids = ids,

@@ -13,7 +13,7 @@ namespace dynplan {
 // The tokens of a batch, their ids and positions checked, ready to be embedded.
 struct TokenRows {
   Tokens tokens;
-  std::vector<int32_t> positions;     // (T,)
+  std::vector<int64_t> positions;     // (T,)
   std::vector<at::Tensor> dense;      // what the pointers below point into
   kernels::EmbedTokensParams params;  // `packed` is left to the caller
 };

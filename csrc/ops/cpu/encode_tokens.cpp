@@ -26,7 +26,7 @@ class Schedule {
         capacity_(tokens.indices.size(0)),
         samples_(tokens.cu_seqlens.size(0) - 1),
         memory_(layers_ * (capacity_ + samples_ + 3)) {
-    const bool kept = true;
+    const kernels::Truth kept = {1};
     kernels::BuildDispatchParams params = {.keep = &kept,
                                            .sample_stride = 0,
                                            .layer_stride = 0,
@@ -38,7 +38,7 @@ class Schedule {
                                            .active_cu_seqlens = cu_seqlens(),
                                            .counts = counts()};
     if (call.keep) {
-      params.keep = call.keep->const_data_ptr<bool>();
+      params.keep = kernels::truths(call.keep->const_data_ptr());
       params.sample_stride = call.keep->stride(0), params.layer_stride = call.keep->stride(1);
     }
     constexpr int64_t kWorthSharing = 1 << 15;  // rows written

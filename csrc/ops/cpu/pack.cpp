@@ -83,14 +83,14 @@ Tokens find_tokens(const char* op, const at::Tensor& attention_mask) {
   std::vector<int32_t> cu_seqlens(batch + 1);
   Tokens found;
   AT_DISPATCH_INTEGRAL_TYPES_AND(at::kBool, mask.scalar_type(), "pack", [&] {
-    const scalar_t* data = mask.const_data_ptr<scalar_t>();
-    const int64_t tokens = kernels::count_tokens(data, batch, length, cu_seqlens.data());
+    const auto* entries = static_cast<const kernels::TruthOr<scalar_t>*>(mask.const_data_ptr());
+    const int64_t tokens = kernels::count_tokens(entries, batch, length, cu_seqlens.data());
     TORCH_CHECK_VALUE(tokens >= 0, op, ": expected attention_mask to hold only 0 and 1, got ",
-                      static_cast<int64_t>(data[tokens < 0 ? -1 - tokens : 0]), " at [",
+                      kernels::shown(entries[tokens < 0 ? -1 - tokens : 0]), " at [",
                       (-1 - tokens) / std::max<int64_t>(length, 1), ", ",
                       (-1 - tokens) % std::max<int64_t>(length, 1), "]");
     found = empty_tokens(batch, tokens);
-    kernels::token_indices(data, batch * length, found.indices.mutable_data_ptr<int32_t>());
+    kernels::token_indices(entries, batch * length, found.indices.mutable_data_ptr<int32_t>());
   });
   std::copy(cu_seqlens.begin(), cu_seqlens.end(), found.cu_seqlens.mutable_data_ptr<int32_t>());
   return found;

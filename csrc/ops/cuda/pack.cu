@@ -42,14 +42,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> pack_cuda(const at::Tensor& hidde
   at::Tensor cu_seqlens = at::empty({hidden.size(0) + 1}, int32);
   at::Tensor counts = at::empty({kernels::pack_chunks(positions)}, int32);
   AT_DISPATCH_INTEGRAL_TYPES_AND(at::kBool, mask.scalar_type(), "pack", [&] {
+    using Entry = kernels::TruthOr<scalar_t>;
     C10_CUDA_CHECK(
-        kernels::token_indices_cuda<scalar_t>({.mask = mask.const_data_ptr<scalar_t>(),
-                                               .positions = positions,
-                                               .length = hidden.size(1),
-                                               .counts = counts.mutable_data_ptr<int32_t>(),
-                                               .indices = indices.mutable_data_ptr<int32_t>(),
-                                               .cu_seqlens = cu_seqlens.mutable_data_ptr<int32_t>()},
-                                              device.stream()));
+        kernels::token_indices_cuda<Entry>({.mask = static_cast<const Entry*>(mask.const_data_ptr()),
+                                            .positions = positions,
+                                            .length = hidden.size(1),
+                                            .counts = counts.mutable_data_ptr<int32_t>(),
+                                            .indices = indices.mutable_data_ptr<int32_t>(),
+                                            .cu_seqlens = cu_seqlens.mutable_data_ptr<int32_t>()},
+                                           device.stream()));
   });
   gather_rows(device, hidden, indices, packed);
   return {packed, indices, cu_seqlens};

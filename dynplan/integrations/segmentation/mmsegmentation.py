@@ -6,7 +6,7 @@ In a config: ``custom_imports = dict(imports=["dynplan.integrations.segmentation
 
 from torch import Tensor, nn
 
-from dynplan.nn import RegionCrossEntropyLoss
+from dynplan.nn.labels import held_loss
 
 
 class RegionLoss(nn.Module):
@@ -21,6 +21,7 @@ class RegionLoss(nn.Module):
             before the one given here.
 
     Raises:
+        TypeError: an option that :class:`dynplan.nn.RegionCrossEntropyLoss` does not have.
         ValueError: on call, with pixel weights, ``avg_factor`` or ``reduction_override``, which a Minkowski
             mean has no place for.
     """
@@ -35,7 +36,7 @@ class RegionLoss(nn.Module):
         super().__init__()
         self.loss_weight = loss_weight
         self._loss_name = loss_name
-        self.loss = RegionCrossEntropyLoss(weight=class_weight, **options)
+        self.loss = held_loss({"weight": class_weight, **options})
 
     @property
     def loss_name(self) -> str:

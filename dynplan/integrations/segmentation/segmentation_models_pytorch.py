@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dynplan.nn import RegionCrossEntropyLoss
+from dynplan.nn.labels import check_tensor, held_loss, whole_labels
 
 
 class RegionLoss(nn.Module):
@@ -11,13 +11,16 @@ class RegionLoss(nn.Module):
 
     Args:
         mode: ``"multiclass"``: ``y_pred`` (N, C, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of classes.
-            ``"binary"``: ``y_pred`` (N, 1, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of 0 and 1, floating,
-            bool or integer; the loss is that of the logits (0, ``y_pred``).
+            ``"binary"``: ``y_pred`` (N, 1, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of 0 and 1; the loss
+            is that of the logits (0, ``y_pred``). Labels may be floating, bool or integer, but not soft.
         ignore_index: label to leave out, or None.
         options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`.
 
     Raises:
-        ValueError: another mode. ``"multilabel"`` has no windows of one label.
+        TypeError: an option that :class:`dynplan.nn.RegionCrossEntropyLoss` does not have (logits are
+            expected, so there is no ``from_logits``); on call, what is not a tensor.
+        ValueError: another mode: ``"multilabel"`` has no windows of one label. On call, shapes that do not
+            fit; soft labels, on CUDA as a device-side assertion.
     """
 
     def __init__(self, mode: str, ignore_index: int | None = None, **options) -> None:
@@ -25,13 +28,16 @@ class RegionLoss(nn.Module):
         if mode not in ("binary", "multiclass"):
             raise ValueError(f"RegionLoss: expected mode to be 'binary' or 'multiclass', got {mode!r}")
         self.mode = mode
-        self.loss = RegionCrossEntropyLoss(
-            ignore_index=-100 if ignore_index is None else ignore_index, **options
-        )
+        self.loss = held_loss({"ignore_index": -100 if ignore_index is None else ignore_index, **options})
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+        check_tensor("y_pred", y_pred)
+        y_true = whole_labels("y_true", y_true)
         if self.mode == "binary":
+            if y_pred.dim() < 3 or y_pred.shape[1] != 1:
+                raise ValueError(
+                    "RegionLoss: expected y_pred to have shape (N, 1, H, W) with mode 'binary', "
+                    f"got {list(y_pred.shape)}"
+                )
             y_pred = torch.cat([torch.zeros_like(y_pred), y_pred], dim=1)
-        if y_true.is_floating_point() or y_true.dtype == torch.bool:
-            y_true = y_true.long()  # integers of any width are read as they are
         return self.loss(y_pred, y_true)
