@@ -82,16 +82,13 @@ def explain(
     """Raise an error that names the argument the embeddings choked on, if it is one of the usual ones."""
     input_ids, _, token_type_ids, position_ids, inputs_embeds = inputs
     given = input_ids if input_ids is not None else inputs_embeds
-    position = getattr(embeddings, parts.position)
-    if not all(isinstance(getattr(table, "weight", None), Tensor) for table in (position,)):
-        return
-    tables = (
-        ("input_ids", input_ids, getattr(embeddings, parts.word)),
-        ("token_type_ids", token_type_ids, getattr(embeddings, parts.token_type)),
-        ("position_ids", position_ids, position),
-    )
-    for name, ids, table in tables:
-        if ids is None or not isinstance(table, nn.Embedding):
+    names = (parts.word, parts.token_type, parts.position)
+    tables = [getattr(embeddings, name, None) for name in names]
+    if not all(isinstance(table, nn.Embedding) for table in tables):
+        return  # somebody else's, with errors of its own
+    arguments = ("input_ids", "token_type_ids", "position_ids")
+    for name, ids, table in zip(arguments, (input_ids, token_type_ids, position_ids), tables, strict=True):
+        if ids is None:
             continue
         if ids.device != table.weight.device:
             raise ValueError(

@@ -24,7 +24,7 @@ from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.integrations.huggingface.families import Family
 from dynplan.integrations.huggingface.fast_path import run_fast
 from dynplan.integrations.huggingface.fused import run_fused
-from dynplan.integrations.huggingface.plans import Decisions
+from dynplan.integrations.huggingface.plans import Decisions, Gates
 from dynplan.ops import Packed, pack, unpack
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.policies import PlanRequest
@@ -99,89 +99,83 @@ class SwappedForward:
     def run(
         self, inputs: tuple[Tensor | None, ...], collect: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Last hidden states ``(B, S, H)``, and all of them if asked for."""
+        """Last hidden states ``(B, S, H)``, and all of them if asked for.
+
+        Args:
+            inputs: input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds.
+            collect: whether all are asked for.
+        """
         controller = self.controller
         state = controller.state()
         if state.why_refused is not None:
             raise NotImplementedError(f"dynplan: {state.why_refused}; call dynplan.unswap(model)")
-        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
         gates = controller.take_gates()
-        reason = self._why_not_fused(state, gates)
-        embeds = position_ids is None and inputs_embeds is None and not collect
-        if reason is None and embeds and state.embeddings is not None:
+        reason = "gates are set" if gates is not None else self._why_not_fused(state, inputs[4])
+        if reason is None and state.embeddings is not None and not (inputs[3:] != (None, None) or collect):
             policy, budget = controller.policy, controller.budget
             done = run_fast(state, policy, budget, *inputs[:3], self.reads_first)
             if done is not None:
-                controller.note(done[1], None)
+                controller.note(done[1])
                 return done[0], None
-        return self._run(state, inputs, collect, gates, reason)
+        controller.tell(reason, warn=gates is None)  # those who set gates know
+        if reason is not None and torch.is_grad_enabled():
+            controller.refresh()  # an optimizer step usually follows, and some keep no record
+        last, states, plan = self._run_op_by_op(state, inputs, collect, gates, reason)
+        controller.note(plan, reason)
+        if last.requires_grad:
+            last.register_hook(lambda _: controller.refresh())
+        return last, states
 
-    def _why_not_fused(self, state: EncoderState, gates: Any) -> str | None:
+    def _why_not_fused(self, state: EncoderState, inputs_embeds: Tensor | None) -> str | None:
         """Why the kernels cannot do this forward; None: they can."""
-        if gates is not None:
-            return "gates are set"
         if state.why_not_fused is not None:
             return state.why_not_fused
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.model.parameters()):
-            return "gradients are recorded; wrap inference in torch.no_grad()"
+        if torch.is_grad_enabled():
+            given = inputs_embeds is not None and inputs_embeds.requires_grad
+            if given or any(parameter.requires_grad for parameter in self.model.parameters()):
+                return "gradients are recorded; wrap inference in torch.no_grad()"
         return None
 
-    def _run(
+    def _run_op_by_op(
         self,
         state: EncoderState,
         inputs: tuple[Tensor | None, ...],
         collect: bool,
-        gates: Any,
+        gates: Gates | None,
         reason: str | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor]:
+        """As :meth:`run`, and the plan; by the kernels where there is no ``reason`` against them."""
         input_ids, attention_mask, *_ = inputs
-        controller = self.controller
-        fused, padded = reason is None, reason is not None and state.why_not_packed is not None
+        controller, family = self.controller, self.family
+        padded = reason is not None and state.why_not_packed is not None
         embedded, packed, attention_mask = self._embed(state, inputs, collect or padded, reason)
-        given = embedded if input_ids is None else input_ids
-        batch_size, length = given.shape[:2]
-        if embedded is not None and fused and embedded.requires_grad:  # inputs_embeds of one's own
-            fused, reason = False, "gradients are recorded; wrap inference in torch.no_grad()"
-            padded = state.why_not_packed is not None
-        if packed is None:
-            packed = _pack(embedded, attention_mask)
-        hidden, indices, cu_seqlens = packed
+        batch_size, length = (embedded if input_ids is None else input_ids).shape[:2]
+        hidden, indices, cu_seqlens = _pack(embedded, attention_mask) if packed is None else packed
         # A GPU's packed rows are always as many as positions; only the device knows how many are tokens.
         if hidden.is_cpu and hidden.shape[0] == batch_size * length:
             indices = None
-        elif self.reads_first and attention_mask is not None:
+        elif self.reads_first and attention_mask is not None and not padded:
             check_first(attention_mask)
         request = PlanRequest(
             batch_size, len(state.layers), hidden, cu_seqlens, controller.budget, input_ids, attention_mask
         )
-        controller.tell(reason, warn=gates is None)  # those who set gates know
+        if reason is None:
+            last, plan, states = run_fused(state, request, controller.policy, collect)
+        else:
+            decide = Decisions(request, controller.policy, gates)
+            if padded:
+                config = self.model.config
+                return *run_padded(state, family, config, embedded, attention_mask, decide, collect), decide.plan
+            last, states = run_packed(state, family, hidden, decide, collect)
+            plan = decide.plan
 
         def restore(packed: Tensor) -> Tensor:
             if indices is None:
                 return packed.view(batch_size, length, packed.shape[1])
             return unpack(packed, indices, batch_size, length)
 
-        if fused:
-            last, plan, states = run_fused(state, request, controller.policy, collect)
-        else:
-            if torch.is_grad_enabled():
-                controller.refresh()  # an optimizer step usually follows, and some keep no record
-            decide = Decisions(request, controller.policy, gates)
-            if padded:
-                config = self.model.config
-                last, states = run_padded(
-                    state, self.family, config, embedded, attention_mask, decide, collect
-                )
-            else:
-                last, states = run_packed(state, self.family, hidden, decide, collect)
-            plan = decide.plan
-        controller.note(plan, reason)
-        if last.requires_grad:
-            last.register_hook(lambda _: controller.refresh())
-        if not padded:
-            last = restore(last)
-            states = None if states is None else (embedded, *map(restore, states[1:-1]), last)
-        return last, states
+        last = restore(last)
+        return last, None if states is None else (embedded, *map(restore, states[1:-1]), last), plan
 
     def _embed(
         self, state: EncoderState, inputs: tuple[Tensor | None, ...], whole: bool, reason: str | None
