@@ -8,8 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from dynplan.errors import WriteError
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -28,6 +33,16 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in a line what kept ``path`` from being written, by whichever library."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WriteError(f"{path}: expected to write it, got {reason}") from error
 
 
 def fresh_folder(path: Path) -> Path:

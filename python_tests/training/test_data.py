@@ -10,10 +10,10 @@ from dynplan.training.data import (
     LengthGroupedSampler,
     encode_rows,
     infer_task,
-    read_rows,
     split_rows,
 )
 from dynplan.training.metrics import task_metrics
+from dynplan.training.rows import read_rows
 
 
 def write(path, *lines):
@@ -38,9 +38,23 @@ def test_reads_plain_and_gzip(tmp_path):
     [
         ("{", "expected one JSON object a line"),
         ("[1]", "expected a JSON object, got list"),
-        ('{"label": 1}', "expected 'sentence1' to be a string, got NoneType"),
+        ('{"label": 1}', "expected a column 'sentence1', got 'label'; --text names another"),
+        ('{"sentence1": null, "label": 1}', "expected 'sentence1' to be a string, got NoneType"),
         ('{"sentence1": "a", "sentence2": 3, "label": 1}', "expected 'sentence2' to be a string, got int"),
-        ('{"sentence1": "a"}', "expected 'label' to be a number or a string, got NoneType"),
+        ('{"sentence1": "a"}', "expected a column 'label', got 'sentence1'; --label names another"),
+        ('{"sentence1": "a", "label": null}', "expected 'label' to be a number or a string, got NoneType"),
+        ('{"sentence1": "a", "label": ""}', "expected 'label' to be a number or a string, got nothing"),
+        ('{"sentence1": "a", "label": NaN}', "expected 'label' to be a finite number, got nan"),
+        ('{"sentence1": "a", "label": -Infinity}', "expected 'label' to be a finite number, got -inf"),
+        ('{"sentence1": "a", "label": 1e400}', "expected 'label' to be a finite number, got inf"),
+        (
+            '{"sentence1": "a", "label": 1' + "0" * 400 + "}",
+            "expected 'label' to be a number of at most 64 bits",
+        ),
+        ('{"sentence1": "a", "label": 1' + "0" * 5000 + "}", "expected numbers of at most 64 bits"),
+        ('{"sentence1": "a", "label": "\\ud800"}', "expected 'label' to be text, got half a surrogate"),
+        ('{"sentence1": "\\ud800", "label": 1}', "expected 'sentence1' to be text, got half a surrogate"),
+        ("[" * 100_000, "expected one JSON object a line, got too deep a one"),
         ('{"sentence1": "a", "label": true}', "expected 'label' to be a number or a string, got bool"),
     ],
 )
