@@ -77,6 +77,15 @@ def settle_files(temporary: Path, folder: Path, last: Iterable[str]) -> None:
     temporary.rmdir()
 
 
+def drop_unfinished(folder: Path, files: Iterable[str]) -> None:
+    """Remove what a killed process left of :func:`write_whole` and the others, for files of these names."""
+    for name in files:
+        for path in folder.glob(f".{name}.*"):
+            path.unlink()
+    for path in (*folder.glob(".dropped-*"), folder / ".unfinished"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def discard_folder(path: Path) -> None:
     """Remove a folder, if it is there; at no time is half of it left under its name."""
     if path.is_dir():

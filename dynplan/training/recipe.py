@@ -17,7 +17,7 @@ from transformers import set_seed
 import dynplan
 from dynplan.budget import whole_layers
 from dynplan.errors import InputError
-from dynplan.files import fresh_folder, settle_files, settle_folder, writing
+from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import PlannerPolicy, StaticPath
 from dynplan.training.checkpoints import newest_checkpoint
@@ -94,6 +94,7 @@ class _Run:
         epochs["planner"] = recipe.planner_epochs
         self.stages = [stage for stage, count in epochs.items() if count > 0]
         say(describe_task(self.task, rows), progress)
+        drop_unfinished(self.output, (RECIPE, STATIC, "metrics.jsonl"))
         if not self.resume:
             record_run(self.output, described)
 
@@ -148,6 +149,7 @@ class _Run:
         folder = self._checkpoints(stage)
         if not self.resume:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that is not this one
+        drop_unfinished(folder, ())
         shown = StageProgress(self._title(stage), self.progress)
         trainer.add_callback(shown)
         try:
