@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes brackets for markup, and cuts long names of options to fit its boxes
 )
 for module in (demo, finetune, evaluate, bench, env):
     app.command(module.NAME)(module.command)

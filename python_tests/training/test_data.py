@@ -8,6 +8,8 @@ from transformers import AutoTokenizer
 from dynplan.training.data import (
     InputError,
     LengthGroupedSampler,
+    describe_task,
+    encode_labels,
     encode_rows,
     infer_task,
     split_rows,
@@ -92,6 +94,20 @@ def test_task_from_labels():
             infer_task(bad, name)
 
 
+def test_labels_of_classes_written_as_decimals():
+    task = infer_task(labelled(0.0, 1.0), "classification")
+    assert task.labels == (0, 1) and encode_labels(labelled(1.0, 0), task) == [1, 0]
+    assert "--task classification makes them classes" in describe_task(
+        infer_task(labelled(0.0, 1.0)), labelled(0.0, 1.0)
+    )
+    with pytest.raises(InputError, match="expected all numbers or all strings as labels, got the string '1'"):
+        infer_task(labelled(0, 1, "1"))
+    with pytest.raises(InputError, match=r"expected a label among \[0, 1\], got 2 in row 2"):
+        encode_labels(labelled(1, 2), task)
+    with pytest.raises(InputError, match="expected numbers as labels, got 'a' in row 1"):
+        encode_labels(labelled("a"), infer_task(labelled(0.5, 1)))
+
+
 def test_metrics_by_hand():
     classes = infer_task(labelled(0, 1), "mrpc")
     logits = np.array([[0, 1], [1, 0], [0, 1], [0, 1]])
@@ -103,6 +119,7 @@ def test_metrics_by_hand():
     found = task_metrics(scores, np.array([[1.0], [2.0], [4.0]]), np.array([0.0, 1.0, 9.0]))
     assert found["spearman"] == pytest.approx(1) and 0.9 < found["pearson"] < 1
     assert task_metrics(scores, np.ones((3, 1)), np.array([0.0, 1.0, 9.0]))["score"] == 0
+    assert task_metrics(scores, np.ones((1, 1)), np.array([2.0]))["score"] == 0
 
 
 def test_split_is_a_partition(rows):
