@@ -34,10 +34,8 @@ def command(
 ) -> None:
     """Time ops and whole models beside their rivals; every result is checked before it is timed."""
     if profile:
-        from dynplan.commands.common import finite
         from dynplan.profiling import bench_profile
 
-        finite(share)
         bench_profile(model, length=length, share=share, picture=picture)
         return
     folder = folder or find_bench()

@@ -1,11 +1,9 @@
 """What several commands share."""
 
-import math
 from pathlib import Path
 
 import torch
 import transformers
-import typer
 from rich.console import Console
 
 import dynplan
@@ -55,13 +53,6 @@ def parse_weights(text: str | None) -> tuple[str, ...]:
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def finite(value: float | None) -> float | None:
-    """For typer: NaN passes every comparison that a range makes."""
-    if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number.")
-    return value
 
 
 def quiet() -> None:

@@ -39,7 +39,6 @@ def command(
     """Compare planner, random path and best fixed subset at every budget with the unmodified model."""
     from dynplan.commands.common import (
         evaluate_folder,
-        finite,
         parse_budgets,
         parse_weights,
         quiet,
@@ -56,7 +55,7 @@ def command(
         read(evaluation, text, text_pair, label),
         f"{model.name} on {evaluation.name}",
         parse_budgets(budgets),
-        seconds=finite(seconds),
+        seconds=seconds,
         beside=beside,
         report=report,
         max_length=max_length,

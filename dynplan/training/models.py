@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dynplan.errors import InputError
+from dynplan.integrations.transformers import swap, unswap
 from dynplan.training.data import EncodedDataset, Task
 
 
@@ -52,11 +53,15 @@ def load_classifier(folder: str | Path, task: Task) -> nn.Module:
             folder,
             id2label=labels,
             label2id={label: i for i, label in labels.items()},
+            # The first forward with labels would set it, and a resumed run may have none.
+            problem_type="regression" if task.kind == "regression" else "single_label_classification",
             dtype=torch.float32,
             output_loading_info=True,
         )
 
     model, info = load("model", folder, from_folder)
+    # First whether it is supported at all: another architecture lacks most weights.
+    load("model", folder, lambda _: unswap(swap(model)))
     inside = model.base_model_prefix + "."
     fresh = sorted(
         name for name in info["missing_keys"] if name.startswith(inside) and ".pooler." not in name

@@ -23,7 +23,7 @@ from dynplan.policies import PlannerPolicy, StaticPath
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
 from dynplan.training.menu import candidate_paths, choose_menu
-from dynplan.training.models import check_tokens, load, load_classifier, load_tokenizer
+from dynplan.training.models import check_tokens, load_classifier, load_tokenizer
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
 from dynplan.training.predict import make_batches, path_qualities, predict
 from dynplan.training.progress import StageProgress, say, shows_steps
@@ -87,7 +87,7 @@ class _Run:
             )
         self.tokenizer = load_tokenizer(self.source)
         self.fit, self.held = self._encode(fit), self._encode(held)
-        config = load("model", self.source, self._load_swapped).config
+        config = self._load(self.source).config
         for part in (self.fit, self.held):
             check_tokens(part, self.tokenizer, config)
         epochs = {"plain": recipe.plain_epochs, "robust": recipe.robust_epochs, "static": 1}
