@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib.util
 import json
 import os
 
@@ -195,6 +196,18 @@ def test_a_report_without_latency(tuned):
     text = (tuned / "scores" / "report.md").read_text()
     assert "latency was not measured" in text and "tradeoff" not in text
     assert not (tuned / "scores" / "tradeoff.png").exists()
+
+
+def test_a_missing_extra_is_named(tuned, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    for name, extra in (("scipy", "train"), ("matplotlib", "demo")):
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda wanted, name=name: find(wanted) if wanted != name else None
+        )
+        message, _ = failure(
+            *(capsys, monkeypatch, "evaluate", "--model", tuned, "--eval", tuned, "--report", tuned)
+        )
+        assert f"expected {name} to be installed, got none; run: pip install 'dynplan[{extra}]'" in message
 
 
 def test_an_interruption_names_resume(tuned, tiny_model, tmp_path, monkeypatch):

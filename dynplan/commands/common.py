@@ -7,6 +7,7 @@ import transformers
 from rich.console import Console
 
 import dynplan
+from dynplan.files import writing
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.training import (
     InputError,
@@ -104,8 +105,9 @@ def evaluate_folder(
         console.print(sentence)
     if report is not None:
         plans, lengths = planner_plans(model, dataset, tokenizer, task, [b for b in budgets if b < 1])
-        place = write_report(
-            report, title, intro, task, results, len(dataset), plans, lengths, {"recipe": recipe}
-        )
+        with writing(report):
+            place = write_report(
+                report, title, intro, task, results, len(dataset), plans, lengths, {"recipe": recipe}
+            )
         console.print(f"report: {place}", soft_wrap=True)
     return results

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dynplan.commands.options import FILES, Label, Text, TextPair, Threads, read
+from dynplan.commands.options import FILES, Label, Text, TextPair, Threads, need, read
 
 NAME = "evaluate"
 
@@ -37,6 +37,9 @@ def command(
     threads: Threads = None,
 ) -> None:
     """Compare planner, random path and best fixed subset at every budget with the unmodified model."""
+    need("train", "sklearn", "scipy")
+    if report is not None:
+        need("demo", "matplotlib")
     from dynplan.commands.common import (
         evaluate_folder,
         parse_budgets,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dynplan.commands.options import FILES, Label, Text, TextPair, Threads, read
+from dynplan.commands.options import FILES, Label, Text, TextPair, Threads, need, read
 from dynplan.errors import InputError, WriteError
 
 NAME = "finetune"
@@ -57,6 +57,7 @@ def command(
     ] = False,
 ) -> None:
     """Fine-tune an encoder so that it stands layer bypass, then learn its planner."""
+    need("train", "accelerate", "sklearn", "scipy")
     from dynplan.commands.common import evaluate_folder, parse_budgets, quiet, set_threads
     from dynplan.training import Recipe, finetune
 

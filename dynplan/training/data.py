@@ -1,5 +1,6 @@
 """Tasks and datasets: what the labels of the rows mean, and token lists ready for a model."""
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -61,6 +62,9 @@ def infer_task(rows: list[dict], name: str = "auto") -> Task:
         wanted = "numbers" if kind == "regression" else "all numbers or all strings"
         raise InputError(f"task {name}: expected {wanted} as labels, got the string {strings[0]!r}")
     if kind == "regression":
+        odd = [value for value in values if not math.isfinite(value)]
+        if odd:
+            raise InputError(f"task {name}: expected finite numbers as labels, got {odd[0]!r}")
         return Task(name, kind, (), metric)
     fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
     if fractions:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+import dynplan
 from dynplan.benchmarking import interleave
 from dynplan.errors import InputError
-from dynplan.integrations.transformers import swap, unswap
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.training.data import EncodedDataset, Task
 from dynplan.training.models import load
@@ -77,7 +77,7 @@ def _plain(folder: str | Path) -> nn.Module:
 def reduced_twin(model: nn.Module, weights: str) -> nn.Module:
     """The swapped ``model`` again, on the same parameters, with products in ``weights``."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return swap(unswap(copy.deepcopy(model, shared)), KeepAll(), weights=weights)
+    return dynplan.swap(dynplan.unswap(copy.deepcopy(model, shared)), KeepAll(), weights=weights)
 
 
 def contestants(

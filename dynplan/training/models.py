@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import dynplan
 from dynplan.errors import InputError
-from dynplan.integrations.transformers import swap, unswap
 from dynplan.training.data import EncodedDataset, Task
 
 
@@ -61,7 +61,7 @@ def load_classifier(folder: str | Path, task: Task) -> nn.Module:
 
     model, info = load("model", folder, from_folder)
     # First whether it is supported at all: another architecture lacks most weights.
-    load("model", folder, lambda _: unswap(swap(model)))
+    load("model", folder, lambda _: dynplan.unswap(dynplan.swap(model)))
     inside = model.base_model_prefix + "."
     fresh = sorted(
         name for name in info["missing_keys"] if name.startswith(inside) and ".pooler." not in name

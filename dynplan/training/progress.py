@@ -10,16 +10,10 @@ _FORMAT = "{desc}: step {n_fmt} of {total_fmt}, {remaining} left{postfix}"
 _FIGURES = {"eval_score": "score", "eval_path_score": "score on random paths", "eval_quality": "quality"}
 
 
-def shows_steps(progress: bool) -> bool:
-    """Steps are shown on a terminal; in a file they would be a line each."""
-    return progress and sys.stderr.isatty()
-
-
 def steps(items: Iterable | None, title: str, progress: bool, **options) -> tqdm:
-    """``items``, counted on one line of the terminal."""
-    return tqdm(
-        items, desc=title, bar_format=_FORMAT, leave=False, disable=not shows_steps(progress), **options
-    )
+    """``items``, counted on one line of the terminal; in a file it would be a line for each."""
+    hidden = not (progress and sys.stderr.isatty())
+    return tqdm(items, desc=title, bar_format=_FORMAT, leave=False, disable=hidden, **options)
 
 
 def say(line: str, progress: bool = True) -> None:

@@ -26,7 +26,7 @@ from dynplan.training.menu import candidate_paths, choose_menu
 from dynplan.training.models import check_tokens, load_classifier, load_tokenizer
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
 from dynplan.training.predict import make_batches, path_qualities, predict
-from dynplan.training.progress import StageProgress, say, shows_steps
+from dynplan.training.progress import StageProgress, say, steps
 from dynplan.training.record import (
     RECIPE,
     STATIC,
@@ -194,17 +194,25 @@ class _Run:
         layers = model.dynplan.num_layers
         sizes = {whole_layers(budget, layers) for budget in self.recipe.budgets} - {0, layers}
         sizes |= {size + 1 for size in sizes if size + 1 < layers}
-        static = StaticPath.search(
-            model,
-            self._search_batches(),
-            sizes or {1},
-            swaps=self.recipe.search_swaps,
-            seed=self.recipe.seed,
-            progress=shows_steps(self.progress),
-            # By what is scored, like the planner's table: by the loss alone, a path that predicts one class
-            # with little confidence can win.
-            cost=lambda model, batches: -float(predict(model, batches, self.task).quality(self.task).mean()),
-        )
+        sizes = sizes or {1}
+        most = sum(range(min(sizes) + 1, layers + 1)) + self.recipe.search_swaps * len(sizes)
+        with steps(None, self._title("static"), self.progress, total=most) as bar:
+
+            def cost(model: nn.Module, batches: list[dict]) -> float:
+                # By what is scored, like the planner's table: by the loss alone, a path that predicts one
+                # class with little confidence can win.
+                bar.update()
+                return -float(predict(model, batches, self.task).quality(self.task).mean())
+
+            static = StaticPath.search(
+                model,
+                self._search_batches(),
+                sizes,
+                swaps=self.recipe.search_swaps,
+                seed=self.recipe.seed,
+                progress=False,
+                cost=cost,
+            )
         write_static(self.output, static)
         return static
 

@@ -88,6 +88,7 @@ def test_task_from_labels():
         (labelled(0, 1), "glue", "expected one of auto"),
         (labelled("a", "b"), "stsb", "expected numbers"),
         (labelled(0.5, 1), "rte", "expected whole numbers"),
+        (labelled(0.5, float("nan")), "auto", "expected finite numbers as labels, got nan"),
         (labelled(1, 1), "auto", "at least two different labels"),
     ):
         with pytest.raises(InputError, match=words):
