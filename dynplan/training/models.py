@@ -77,12 +77,13 @@ def load_classifier(folder: str | Path, task: Task) -> nn.Module:
 def check_tokens(dataset: EncodedDataset, tokenizer, config) -> None:
     """See that the model knows what the tokenizer made of the rows.
 
-    Raises InputError for words that are all unknown, tokens beyond the vocabulary and rows beyond the
+    Raises InputError for rows without a known word, tokens beyond the vocabulary and rows beyond the
     positions.
     """
     tokens = {token for item in dataset.items for token in item["input_ids"]}
-    if tokenizer.unk_token_id in tokens and not tokens - set(tokenizer.all_special_ids):
-        raise InputError(f"tokenizer: expected words that it knows, got {tokenizer.unk_token} for every one")
+    if not tokens - set(tokenizer.all_special_ids):
+        found = tokenizer.unk_token if tokenizer.unk_token_id in tokens else "special tokens"
+        raise InputError(f"tokenizer: expected words that it knows in the rows, got only {found}")
     if max(tokens, default=0) >= config.vocab_size:
         raise InputError(
             f"tokenizer: expected tokens below the model's {config.vocab_size}, got {max(tokens)}"

@@ -35,14 +35,17 @@ class JsonLinesLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            # A line whose end is missing was being written when the run was killed.
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            lines = [json.loads(line) for line in lines if line.endswith("\n")]
-            kept = [
-                line for line in lines if line["stage"] != self.stage or line["step"] <= state.global_step
-            ]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if self._stays(line, state.global_step)]
             with writing(self.path):
-                write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+                write_whole(self.path, "".join(line + "\n" for line in kept))
+
+    def _stays(self, line: str, step: int) -> bool:
+        try:
+            figures = json.loads(line)
+        except ValueError:  # it was being written when the run was killed
+            return False
+        return figures["stage"] != self.stage or figures["step"] <= step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
