@@ -16,7 +16,7 @@ from transformers import set_seed
 
 import dynplan
 from dynplan.budget import whole_layers
-from dynplan.errors import InputError
+from dynplan.errors import InputError, WriteError
 from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import PlannerPolicy, StaticPath
@@ -65,7 +65,10 @@ def finetune(
     training that diverges.
     """
     run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks)
-    return run.run()
+    try:
+        return run.run()
+    except OSError as error:  # Trainer makes folders of its own
+        raise WriteError(f"{output}: expected to write it, got {error}") from error
 
 
 class _Run:

@@ -238,8 +238,10 @@ def test_what_cannot_be_trained_leaves_nothing(tiny_model, rows, tmp_path):
         drop=["tokenizer.json", "tokenizer_config.json"],
     )
     refuse(
-        r"words that it knows, got \[UNK\] for every one", rows=[{**row, "sentence1": "xy"} for row in rows]
+        r"words that it knows in the rows, got only \[UNK\]",
+        rows=[{**row, "sentence1": "xy"} for row in rows],
     )
+    refuse("words that it knows in the rows, got only special tokens", max_length=2)
     long = [{**row, "sentence1": "good " * 40} for row in rows]
     refuse(
         "--max-length: expected at most the model's 32 positions, got a row of 42", rows=long, max_length=64
