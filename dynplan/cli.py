@@ -2,20 +2,41 @@
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from dynplan.commands import bench, demo, env, evaluate, finetune
+from dynplan.errors import InputError
 
 app = typer.Typer(
     help="Per-sample layer planning for BERT-family encoders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes brackets for markup, and cuts long names of options to fit its boxes
 )
 for module in (demo, finetune, evaluate, bench, env):
     app.command(module.NAME)(module.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import dynplan
+
+        typer.echo(f"dynplan {dynplan.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -25,10 +46,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         app()
-    except Exception as error:
-        if type(error).__name__ != "InputError":
-            raise
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {error}", soft_wrap=True)
+    except InputError as error:
+        # Text, not markup: what came may hold brackets.
+        Console(stderr=True).print(Text.assemble(("error: ", "red"), str(error)), soft_wrap=True)
         sys.exit(2)
 
 

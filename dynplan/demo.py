@@ -8,14 +8,15 @@ of it is held out.
 import csv
 import importlib.util
 import random
-import shutil
 import time
 from pathlib import Path
 
 from rich.console import Console
 
 from dynplan.commands.common import evaluate_folder
-from dynplan.training import InputError, Recipe, check_output, finetune
+from dynplan.errors import InputError
+from dynplan.files import discard_folder
+from dynplan.training import Recipe, check_output, finetune
 
 _INSTALL = "pip install 'dynplan[demo]'"
 HELD_OUT = 1066  # as many rows as the test split that rotten_tomatoes usually comes with
@@ -59,7 +60,7 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
     console, start = Console(highlight=False), time.perf_counter()
     check_output(output)
     if (output / "model" / "recipe.json").exists():  # an earlier demo's
-        shutil.rmtree(output / "model")
+        discard_folder(output / "model")
     train, held_out = load_reviews()
     # Sizes for about four minutes on two quiet cores.
     train, seconds = train[:4000], 30.0

@@ -18,13 +18,13 @@ def command(
         str | None, typer.Option("-k", help="Only benchmarks whose name matches, as in pytest -k.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="The checkout's bench/ [default: found beside dynplan].")
+        Path | None, typer.Option(help="The checkout's bench/.", show_default="found beside dynplan")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Without bench/: timed calls of each contestant.")] = 20,
+    rounds: Annotated[int, typer.Option(min=1, max=10**6, help="Without bench/: timed calls of each.")] = 20,
     profile: Annotated[bool, typer.Option("--profile", help="Where does a forward spend its time?")] = False,
     model: Annotated[
         Path | None,
-        typer.Option(help="--profile: folder of an encoder [default: 12 layers of width 384, random]."),
+        typer.Option(help="--profile: folder of an encoder.", show_default="12 layers of width 384, random"),
     ] = None,
     length: Annotated[
         int, typer.Option(min=2, max=512, help="--profile: tokens of the longest sample.")

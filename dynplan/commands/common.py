@@ -3,17 +3,21 @@
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
-from transformers import AutoTokenizer
 
 import dynplan
+from dynplan.files import writing
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.training import (
     InputError,
     Row,
+    check_tokens,
     encode_rows,
     evaluate,
+    load,
     load_run,
+    load_tokenizer,
     plain_model,
     planner_plans,
     rich_table,
@@ -52,6 +56,12 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
+def quiet() -> None:
+    """No tables and bars from transformers: what matters in them is checked, and said in a line."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def evaluate_folder(
     folder: Path,
     rows: list[dict],
@@ -67,15 +77,19 @@ def evaluate_folder(
 ) -> list[Row]:
     """Evaluate a folder that ``finetune`` wrote, print table and verdict, write the report if asked."""
     task, recipe, static = load_run(folder)
-    try:
-        model = dynplan.from_pretrained(folder)
-    except FileNotFoundError as error:
-        raise InputError(f"checkpoint: {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load("checkpoint", folder, dynplan.from_pretrained)
+    plain = plain_model(beside or folder)
+    if plain.config.num_labels != task.num_labels:
+        raise InputError(
+            f"--beside: expected a model of {task.num_labels} labels, got {beside} "
+            f"of {plain.config.num_labels}"
+        )
+    tokenizer = load_tokenizer(folder)
     dataset = encode_rows(rows, task, tokenizer, max_length or recipe["max_length"])
+    check_tokens(dataset, tokenizer, model.config)
     results = evaluate(
         model,
-        plain_model(beside or folder),
+        plain,
         static,
         dataset,
         task,
@@ -85,14 +99,15 @@ def evaluate_folder(
         seconds=seconds,
         weights=weights,
     )
-    console = Console()
+    console = Console(markup=False, highlight=False)  # titles and labels may hold brackets
     console.print(rich_table(task, results, title))
     for sentence in verdict(task, results, len(dataset)):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     if report is not None:
         plans, lengths = planner_plans(model, dataset, tokenizer, task, [b for b in budgets if b < 1])
-        place = write_report(
-            report, title, intro, task, results, len(dataset), plans, lengths, {"recipe": recipe}
-        )
-        console.print(f"report: {place}", highlight=False, soft_wrap=True)
+        with writing(report):
+            place = write_report(
+                report, title, intro, task, results, len(dataset), plans, lengths, {"recipe": recipe}
+            )
+        console.print(f"report: {place}", soft_wrap=True)
     return results

@@ -13,9 +13,11 @@ def command(
     quick: Annotated[
         bool, typer.Option(help="A few hundred sentences: shows that everything runs, in seconds.")
     ] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Fine-tune a real encoder on real film reviews, plan its layers per sample, compare and report."""
+    from dynplan.commands.common import quiet
     from dynplan.demo import run_demo
 
+    quiet()
     run_demo(output, quick=quick, seed=seed)

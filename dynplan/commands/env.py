@@ -15,7 +15,7 @@ def command() -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts().items():
         table.add_row(name, str(value))
-    Console(highlight=False).print(table)
+    Console(markup=False, highlight=False).print(table)
 
 
 def facts() -> dict[str, object]:

@@ -1,9 +1,12 @@
-"""``dynplan finetune``: plain, robust, static and planner stages on JSON lines."""
+"""``dynplan finetune``: plain, robust, static and planner stages on labelled sentences."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dynplan.commands.options import FILES, Label, Text, TextPair, Threads, need, read
+from dynplan.errors import InputError, WriteError
 
 NAME = "finetune"
 
@@ -12,11 +15,12 @@ def command(
     model: Annotated[
         Path, typer.Option(help="Folder of a Hugging Face BERT-family model with its tokenizer.")
     ],
-    train: Annotated[
-        Path, typer.Option(help="Training rows: JSON lines, .gz allowed; sentence1, sentence2?, label.")
-    ],
+    train: Annotated[Path, typer.Option(help=f"Training rows: {FILES}")],
     output: Annotated[Path, typer.Option(help="Folder for the model, its planner, logs and checkpoints.")],
     evaluation: Annotated[Path | None, typer.Option("--eval", help="Rows to score the result on.")] = None,
+    text: Text = "sentence1",
+    text_pair: TextPair = None,
+    label: Label = "label",
     task: Annotated[
         str, typer.Option(help="auto, classification, regression or a GLUE name (its own figures).")
     ] = "auto",
@@ -29,12 +33,13 @@ def command(
     ] = 3.0,
     planner: Annotated[str, typer.Option(help="upfront or stepwise.")] = "upfront",
     planner_objective: Annotated[
-        str | None, typer.Option(help="gates, reward or values [default: values; gates if stepwise].")
+        str | None,
+        typer.Option(help="gates, reward or values.", show_default="values; gates if stepwise"),
     ] = None,
     budgets: Annotated[str, typer.Option(help="Budgets to prepare for, comma-separated.")] = "0.75,0.5",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
-    robust_learning_rate: Annotated[float | None, typer.Option(help="[default: --learning-rate]")] = None,
+    robust_learning_rate: Annotated[float | None, typer.Option(show_default="--learning-rate")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens; longer rows are cut.")] = 128,
     planner_rows: Annotated[int, typer.Option(min=1, help="Training rows the planner learns from.")] = 2000,
     search_rows: Annotated[
@@ -46,14 +51,15 @@ def command(
     bf16: Annotated[
         bool, typer.Option(help="Train under bfloat16 autocast: faster where the processor has it.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Processor threads [default: torch's choice].")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --output.")] = False,
+    threads: Threads = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output, under the same settings.")
+    ] = False,
 ) -> None:
     """Fine-tune an encoder so that it stands layer bypass, then learn its planner."""
-    from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
-    from dynplan.training import Recipe, finetune, read_rows
+    need("train", "accelerate", "sklearn", "scipy")
+    from dynplan.commands.common import evaluate_folder, parse_budgets, quiet, set_threads
+    from dynplan.training import Recipe, finetune
 
     recipe = Recipe(
         plain_epochs=plain_epochs,
@@ -73,9 +79,36 @@ def command(
         seed=seed,
         bf16=bf16,
     )
+    quiet()
     set_threads(threads)
-    rows = read_rows(train)
-    held_out = read_rows(evaluation) if evaluation else None
-    finetune(model, rows, output, task, recipe, resume=resume)
+    rows = read(train, text, text_pair, label)
+    held_out = read(evaluation, text, text_pair, label) if evaluation else None
+    if held_out:
+        _check_evaluation(evaluation, held_out, rows, task)
+    try:
+        finetune(model, rows, output, task, recipe, resume=resume)
+    except KeyboardInterrupt as stop:
+        started = (output / "recipe.json").exists()
+        typer.echo(
+            "interrupted; the same command with --resume goes on from the last checkpoint"
+            if started
+            else "interrupted before anything was trained",
+            err=True,
+        )
+        raise typer.Exit(130) from stop
+    except WriteError as error:
+        raise InputError(f"{error}; with room made, the same command with --resume goes on") from error
     if held_out and planner_epochs > 0:
         evaluate_folder(output, held_out, f"{output.name} on {evaluation.name}", recipe.budgets, seconds=0)
+
+
+def _check_evaluation(place: Path, held_out: list[dict], rows: list[dict], task: str) -> None:
+    """What would be told after hours of training is told before."""
+    from dynplan.training import encode_labels, infer_task
+
+    try:
+        encode_labels(held_out, infer_task(rows, task))
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+    if (rows[0]["sentence2"] is None) != (held_out[0]["sentence2"] is None):
+        raise InputError(f"{place}: expected a second sentence in its rows if and only if --train has one")

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from dynplan.budget import whole_layers
 
 _QUANTILES = 256
+_LARGEST_PLANNER = 2**27  # half a gigabyte in float32, far beyond any planner of use
+_LARGEST_SIZE = {"num_layers": 2**12}  # each is a module of its own
+_MOST_PATHS = 2**16
 
 
 def pool(hidden: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
@@ -66,10 +69,12 @@ class UpfrontPlanner(nn.Module):
         num_layers: ``L`` of the encoder.
         width: units of the one hidden layer.
         paths: bool ``(P, L)``, or a sequence of layer tuples: the paths to choose from. The empty path is
-            added in front where it is missing, so that any budget can be met.
+            added in front where it is missing, so that any budget can be met. They stay as they are:
+            ``load_state_dict`` refuses others.
+        prices: of a layer at budgets 0..1, as :meth:`calibrate` stores them.
 
     Raises:
-        ValueError: sizes that are not positive, or ``paths`` of a wrong shape.
+        ValueError: sizes that are not positive, ``paths`` of a wrong shape, ``prices`` that are not numbers.
     """
 
     stepwise = False
@@ -87,7 +92,7 @@ class UpfrontPlanner(nn.Module):
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.width = width
-        self.prices = None if prices is None else [float(price) for price in prices]
+        self.prices = _numbers("UpfrontPlanner", "prices", prices)
         table = None if paths is None else _path_table(paths, num_layers)
         self.register_buffer("paths", table)
         outputs = num_layers if table is None else len(table)
@@ -121,6 +126,16 @@ class UpfrontPlanner(nn.Module):
         else:
             prior = self.prior
         return self.score(F.gelu(self.reduce(torch.cat(features, 1)))) + prior
+
+    def _load_from_state_dict(self, state, prefix, local_metadata, strict, missing, unexpected, errors):
+        # What a path costs is read from the table, and the budget's contract rests on it.
+        given = state.get(prefix + "paths")
+        if self.paths is not None and given is not None:
+            own = self.paths.to(given.device)
+            if given.dtype != own.dtype or given.shape != own.shape or not torch.equal(given, own):
+                errors.append("expected paths to be the table that this planner was made with, got another")
+            state[prefix + "paths"] = self.paths  # a refusal comes only after all has been assigned
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing, unexpected, errors)
 
     @torch.no_grad()
     def start_from(self, paths: Mapping[int, Sequence[int]], strength: float = 1.0) -> UpfrontPlanner:
@@ -162,6 +177,10 @@ class UpfrontPlanner(nn.Module):
         """
         if self.paths is None:
             raise ValueError("UpfrontPlanner.calibrate: expected a planner with paths, got one in layer mode")
+        if not qualities.numel() or not qualities.isfinite().all():
+            raise ValueError(
+                f"UpfrontPlanner.calibrate: expected finite qualities, got {qualities.numel()} qualities"
+            )
         sizes = self.paths.sum(1).to(qualities)
         spread = float((qualities.max() - qualities.min()).clamp_min(1e-6))
 
@@ -220,7 +239,7 @@ class StepwisePlanner(nn.Module):
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.width = width
-        self.thresholds = None if thresholds is None else [float(value) for value in thresholds]
+        self.thresholds = _numbers("StepwisePlanner", "thresholds", thresholds)
         self.gates = nn.ModuleList(
             nn.Sequential(nn.Linear(2 * hidden_size + 1, width), nn.GELU(), nn.Linear(width, 1))
             for _ in range(num_layers)
@@ -285,12 +304,21 @@ def planner_from_config(config: Mapping[str, Any]) -> UpfrontPlanner | StepwiseP
     Raises:
         ValueError: unknown type or arguments.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"planner_from_config: expected a mapping, got {type(config).__name__}")
     options = dict(config)
     kinds = {"UpfrontPlanner": UpfrontPlanner, "StepwisePlanner": StepwisePlanner}
     kind = options.pop("type", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"planner_from_config: expected type to be one of {sorted(kinds)}, got {kind!r}")
     try:
+        # Without memory first: sizes that come from a file may ask for any amount of it.
+        with torch.device("meta"):
+            numbers = sum(parameter.numel() for parameter in kinds[kind](**options).parameters())
+        if numbers > _LARGEST_PLANNER:
+            raise ValueError(
+                f"planner_from_config: expected at most {_LARGEST_PLANNER} parameters, got {numbers}"
+            )
         return kinds[kind](**options)
     except TypeError as error:
         raise ValueError(
@@ -314,10 +342,13 @@ def _path_table(paths: Tensor | Sequence[Sequence[int]], num_layers: int) -> Ten
             )
         table = paths.detach().cpu().clone()
     else:
-        table = torch.zeros(len(paths), num_layers, dtype=torch.bool)
+        if len(paths) > _MOST_PATHS:
+            raise ValueError(f"UpfrontPlanner: expected at most {_MOST_PATHS} paths, got {len(paths)}")
+        table = torch.zeros(len(paths), num_layers, dtype=torch.bool, device="cpu")
         for row, layers in zip(table, paths, strict=True):
             for layer in layers:
-                if not 0 <= layer < num_layers:
+                whole = hasattr(layer, "__index__") and not isinstance(layer, bool)
+                if not whole or not 0 <= layer < num_layers:
                     raise ValueError(
                         f"UpfrontPlanner: expected paths of layers 0..{num_layers - 1}, got {layer}"
                     )
@@ -329,5 +360,21 @@ def _path_table(paths: Tensor | Sequence[Sequence[int]], num_layers: int) -> Ten
 
 def _check_sizes(name: str, **sizes: int) -> None:
     for argument, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
+        largest = _LARGEST_SIZE.get(argument, 2**20)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected {argument} to be a positive integer, got {value!r}")
+        if value > largest:
+            raise ValueError(f"{name}: expected {argument} to be at most {largest}, got {value}")
+
+
+def _numbers(name: str, argument: str, values: Sequence[float] | None) -> list[float] | None:
+    """A table to interpolate in, or None."""
+    if values is None:
+        return None
+    fits = isinstance(values, Sequence) and len(values) > 0 and not isinstance(values, str)
+    if not fits or not all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        for value in values
+    ):
+        raise ValueError(f"{name}: expected {argument} to be finite numbers, got {values!r:.200}")
+    return [float(value) for value in values]

@@ -1,17 +1,13 @@
-"""Labelled sentences: JSON lines in, token lists out.
+"""Tasks and datasets: what the labels of the rows mean, and token lists ready for a model."""
 
-One object a line with ``sentence1``, optionally ``sentence2``, and ``label``; a name ending in ``.gz`` is
-read through gzip. The kind of task follows from the labels unless it is named.
-"""
-
-import gzip
-import json
+import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from dynplan.errors import InputError
 
 # GLUE's own names -> (kind, the figure that ranks checkpoints). A plus sign means the mean of two figures, as
 # GLUE itself averages them.
@@ -28,12 +24,6 @@ _TASKS = {
     "regression": ("regression", "pearson+spearman"),
 }
 TASK_NAMES = ("auto", *_TASKS)
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used: a data file, a folder, an option. The message says what was
-    expected.
-    """
 
 
 @dataclass(frozen=True)
@@ -54,49 +44,6 @@ class Task:
         return 1 if self.kind == "regression" else len(self.labels)
 
 
-def read_rows(path) -> list[dict]:
-    """Read JSON lines into ``{"sentence1", "sentence2" (or None), "label"}`` dicts.
-
-    Raises InputError, naming file and line, for a missing file, a line that is not a JSON object, a missing
-    or non-string sentence, a missing label, or a file without rows.
-    """
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(_parse_row(line, f"{path}:{number}"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a readable file of JSON lines, got {error}") from error
-    if not rows:
-        raise InputError(f"{path}: expected at least one row, got an empty file")
-    return rows
-
-
-def _parse_row(line: str, place: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{place}: expected one JSON object a line, got {error.msg} at column {error.colno}"
-        ) from error
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
-    sentence2 = row.get("sentence2")
-    for key, text in (
-        ("sentence1", row.get("sentence1")),
-        ("sentence2", "" if sentence2 is None else sentence2),
-    ):
-        if not isinstance(text, str):
-            raise InputError(f"{place}: expected {key!r} to be a string, got {type(text).__name__}")
-    label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, (int, float, str)):
-        raise InputError(f"{place}: expected 'label' to be a number or a string, got {type(label).__name__}")
-    return {"sentence1": row["sentence1"], "sentence2": sentence2, "label": label}
-
-
 def infer_task(rows: list[dict], name: str = "auto") -> Task:
     """The task that ``rows`` hold. ``auto``: any float label means regression, otherwise classification.
 
@@ -110,18 +57,34 @@ def infer_task(rows: list[dict], name: str = "auto") -> Task:
         metric = _TASKS[kind][1]
     else:
         kind, metric = _TASKS[name]
+    strings = [value for value in values if isinstance(value, str)]
+    if strings and (kind == "regression" or len(strings) < len(values)):
+        wanted = "numbers" if kind == "regression" else "all numbers or all strings"
+        raise InputError(f"task {name}: expected {wanted} as labels, got the string {strings[0]!r}")
     if kind == "regression":
-        strings = [value for value in values if isinstance(value, str)]
-        if strings:
-            raise InputError(f"task {name}: expected numbers as labels, got {strings[0]!r}")
+        odd = [value for value in values if not math.isfinite(value)]
+        if odd:
+            raise InputError(f"task {name}: expected finite numbers as labels, got {odd[0]!r}")
         return Task(name, kind, (), metric)
     fractions = [value for value in values if isinstance(value, float) and not value.is_integer()]
     if fractions:
         raise InputError(f"task {name}: expected whole numbers or strings as labels, got {fractions[0]!r}")
-    labels = tuple(sorted(set(values), key=lambda value: (isinstance(value, str), value)))
+    labels = tuple(sorted({int(value) if isinstance(value, float) else value for value in values}))
     if len(labels) < 2:
         raise InputError(f"task {name}: expected at least two different labels, got only {labels[0]!r}")
     return Task(name, kind, labels, metric)
+
+
+def describe_task(task: Task, rows: list[dict]) -> str:
+    """In a sentence, what the labels were taken for."""
+    if task.kind == "classification":
+        shown = ", ".join(map(str, task.labels[:8])) + (", ..." if len(task.labels) > 8 else "")
+        return f"task: classification into {len(task.labels)} labels ({shown})"
+    values = [row["label"] for row in rows]
+    said = f"task: regression, labels from {min(values):g} to {max(values):g}"
+    if task.name == "auto":
+        said += "; labels written as decimals mean regression, --task classification makes them classes"
+    return said
 
 
 def split_rows(rows: list[dict], share: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -165,22 +128,33 @@ def encode_rows(rows: list[dict], task: Task, tokenizer, max_length: int) -> Enc
     encoded = tokenizer(
         [row["sentence1"] for row in rows], second if paired else None, truncation=True, max_length=max_length
     )
-    labels = _encode_labels(rows, task)
+    labels = encode_labels(rows, task)
     return EncodedDataset(
         [{**{key: encoded[key][i] for key in encoded}, "labels": labels[i]} for i in range(len(rows))]
     )
 
 
-def _encode_labels(rows: list[dict], task: Task) -> list:
+def encode_labels(rows: list[dict], task: Task) -> list:
+    """Class numbers, or floats for regression; raises InputError for a label not the task's."""
     if task.kind == "regression":
+        for number, row in enumerate(rows, 1):
+            if isinstance(row["label"], str):
+                raise InputError(
+                    f"task {task.name}: expected numbers as labels, got {row['label']!r} in row {number}"
+                )
         return [float(row["label"]) for row in rows]
     classes = {label: i for i, label in enumerate(task.labels)}
-    for row in rows:
-        if row["label"] not in classes:
-            raise InputError(
-                f"task {task.name}: expected a label among {list(classes)}, got {row['label']!r}"
-            )
-    return [classes[row["label"]] for row in rows]
+    # A file without types may hold only those of the string labels that look like numbers.
+    named = {label: i for label, i in classes.items() if isinstance(label, str)}
+    found = [classes.get(row["label"], named.get(str(row["label"]))) for row in rows]
+    if None in found:
+        number = found.index(None)
+        shown = list(classes)[:12]
+        raise InputError(
+            f"task {task.name}: expected a label among {shown}{'...' if len(classes) > 12 else ''}, "
+            f"got {rows[number]['label']!r} in row {number + 1}"
+        )
+    return found
 
 
 class LengthGroupedSampler(Sampler):

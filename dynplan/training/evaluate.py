@@ -3,7 +3,6 @@ model.
 """
 
 import copy
-import json
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,14 +12,16 @@ from statistics import fmean, pstdev
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification
 
+import dynplan
 from dynplan.benchmarking import interleave
-from dynplan.integrations.huggingface.swap import swap, unswap
+from dynplan.errors import InputError
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
-from dynplan.training.data import EncodedDataset, InputError, Task
+from dynplan.training.data import EncodedDataset, Task
+from dynplan.training.models import load
 from dynplan.training.predict import beside, make_batches, predict
+from dynplan.training.progress import steps
 
 RANDOM_SEEDS = 3
 
@@ -62,35 +63,21 @@ class _Contestant:
         self.model(**batch)
 
 
-def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]]:
-    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote; raises InputError
-    otherwise.
-    """
-    folder = Path(folder)
-    try:
-        described = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-        static = json.loads((folder / "static.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"checkpoint: expected a folder written by `dynplan finetune`, got {folder} without "
-            f"{Path(error.filename).name}"
-        ) from error
-    task = Task(**{**described["task"], "labels": tuple(described["task"]["labels"])})
-    return task, described["recipe"], {int(size): tuple(layers) for size, layers in static.items()}
-
-
 def plain_model(folder: str | Path) -> nn.Module:
     """The checkpoint as Hugging Face alone would load it: no dynplan, sdpa attention, float32."""
-    model = AutoModelForSequenceClassification.from_pretrained(
+    return load("model", folder, _plain).eval()
+
+
+def _plain(folder: str | Path) -> nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
-    return model.eval()
 
 
 def reduced_twin(model: nn.Module, weights: str) -> nn.Module:
     """The swapped ``model`` again, on the same parameters, with products in ``weights``."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
-    return swap(unswap(copy.deepcopy(model, shared)), KeepAll(), weights=weights)
+    return dynplan.swap(dynplan.unswap(copy.deepcopy(model, shared)), KeepAll(), weights=weights)
 
 
 def contestants(
@@ -152,7 +139,7 @@ def evaluate(
     entrants = contestants(model, plain, static, budgets, weights)
     batches = make_batches(dataset, tokenizer, 32)
     rows = []
-    for contestant in tqdm(entrants, desc="scores", disable=not progress):
+    for contestant in steps(entrants, "scores", progress):
         predictions = []
         for index in range(len(contestant.policies)):
             contestant.arm(index)
@@ -181,7 +168,7 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
         batches = make_batches(drawn, tokenizer, batch_size)
         for row in rows:
             row.latency_ms[str(batch_size)] = 0.0
-        for batch in tqdm(batches, desc=f"latency, batch {batch_size}", disable=not progress):
+        for batch in steps(batches, f"latency, batch {batch_size}", progress):
             batch.pop("labels")
             calls = {
                 index: partial(entrant.run, beside(entrant.model, batch))

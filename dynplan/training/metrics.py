@@ -14,7 +14,7 @@ def task_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str
 
     logits: (N, classes), or (N,) or (N, 1) for regression; labels: (N,). Classification gives accuracy,
     Matthews correlation and F1 (of class 1 with two classes, the macro mean otherwise); regression Pearson
-    and Spearman correlation. A correlation of constant predictions is undefined and counts as 0.
+    and Spearman correlation. A correlation of constant predictions, or of one, is undefined and counts as 0.
     """
     if task.kind == "regression":
         predictions = np.asarray(logits, dtype=np.float64).reshape(len(labels))
@@ -36,6 +36,8 @@ def task_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str
 
 
 def _correlation(function, predictions: np.ndarray, labels: np.ndarray) -> float:
+    if len(labels) < 2:
+        return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = function(predictions, labels)[0]

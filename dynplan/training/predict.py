@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from dynplan.policies import FixedPath
 from dynplan.training.data import EncodedDataset, Task
 from dynplan.training.losses import sample_losses
 from dynplan.training.metrics import task_metrics
+from dynplan.training.progress import steps
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def path_qualities(
     policy, budget = control.policy, control.budget
     control.budget = None
     columns = []
-    for path in tqdm(paths, desc="path qualities", disable=not progress):
+    for path in steps(paths, "qualities of paths", progress):
         control.policy = FixedPath(path)
         columns.append(predict(model, batches, task).quality(task))
     control.policy, control.budget = policy, budget

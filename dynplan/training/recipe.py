@@ -7,95 +7,40 @@ checkpoints, to find the best fixed paths and to stop the planner.
 """
 
 import json
-import os
-from dataclasses import asdict, dataclass
+import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 import dynplan
 from dynplan.budget import whole_layers
+from dynplan.errors import InputError, WriteError
+from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import PlannerPolicy, StaticPath
-from dynplan.training.data import EncodedDataset, InputError, Task, encode_rows, infer_task, split_rows
+from dynplan.training.checkpoints import newest_checkpoint
+from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
 from dynplan.training.menu import candidate_paths, choose_menu
-from dynplan.training.planning import OBJECTIVES, PlannerLearner, PlannerTrainer
+from dynplan.training.models import check_tokens, load_classifier, load_tokenizer
+from dynplan.training.planning import PlannerLearner, PlannerTrainer
 from dynplan.training.predict import make_batches, path_qualities, predict
+from dynplan.training.progress import StageProgress, say, steps
+from dynplan.training.record import (
+    RECIPE,
+    STATIC,
+    check_output,
+    check_same_run,
+    describe_run,
+    read_static,
+    record_run,
+    write_static,
+)
+from dynplan.training.settings import Recipe
 from dynplan.training.trainer import PlainTrainer, RobustTrainer, training_arguments
 
-PLANNERS = ("upfront", "stepwise")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every setting of :func:`finetune`. Shares and budgets are of layer work, 0..1; lengths in tokens."""
-
-    plain_epochs: float = 0.0
-    robust_epochs: float = 3.0
-    planner_epochs: float = 3.0
-    batch_size: int = 16
-    learning_rate: float = 5e-5
-    robust_learning_rate: float | None = None
-    planner_learning_rate: float = 1e-3
-    planner: str = "upfront"
-    planner_objective: str | None = None
-    planner_rows: int = 2000
-    menu_size: int = 12
-    search_rows: int = 256
-    search_swaps: int = 16
-    budgets: tuple[float, ...] = (0.75, 0.5)
-    shares: tuple[float, float] = (0.4, 0.9)
-    distill: float = 1.0
-    holdout: float = 0.1
-    max_length: int = 128
-    seed: int = 0
-    bf16: bool = False
-
-    def __post_init__(self):
-        for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise InputError(f"finetune: expected budgets within 0..1, got {budget}")
-        if self.planner not in PLANNERS:
-            raise InputError(
-                f"finetune: expected planner to be one of {', '.join(PLANNERS)}, got {self.planner!r}"
-            )
-        if self.objective not in OBJECTIVES:
-            raise InputError(
-                f"finetune: expected objective to be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
-            )
-        if self.planner == "stepwise" and self.objective != "gates":
-            raise InputError(
-                f"finetune: expected objective gates for a stepwise planner, got {self.objective!r}"
-            )
-
-    @property
-    def objective(self) -> str:
-        return self.planner_objective or ("gates" if self.planner == "stepwise" else "values")
-
-
-def check_output(folder: Path, resume: bool = False) -> Path:
-    """Make ``folder`` and see that it can be written, before any time is spent.
-
-    Raises InputError when it cannot, or when it holds a run already and ``resume`` is not set.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"output: expected a folder that can be written, got {folder} ({error.strerror})"
-        ) from error
-    if not resume and (folder / "recipe.json").exists():
-        raise InputError(
-            f"output: expected an empty folder, got {folder} with a run in it; resume it or choose another"
-        )
-    return folder
+_DONE = "stage.json"  # in the folder of a finished stage
 
 
 def finetune(
@@ -103,7 +48,7 @@ def finetune(
     rows: list[dict],
     output: str | Path,
     task: str = "auto",
-    recipe: Recipe = Recipe(),
+    recipe: Recipe | None = None,
     resume: bool = False,
     progress: bool = True,
     callbacks=(),
@@ -114,30 +59,53 @@ def finetune(
     tokenizer, ``recipe.json``, ``metrics.jsonl`` and the stages' own folders. With ``resume`` finished stages
     are taken from there and an interrupted one goes on from its last checkpoint.
 
-    Raises InputError for an output folder that cannot be used and for rows that do not fit the task.
+    Whenever a run is interrupted, be it killed in the middle of a save, ``resume`` leads to the same result.
+
+    Raises InputError for a folder, rows or settings that cannot be used, before anything is written; and for
+    training that diverges.
     """
-    return _Run(model, rows, Path(output), task, recipe, resume, progress, callbacks).run()
+    run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks)
+    try:
+        return run.run()
+    except OSError as error:  # Trainer makes folders of its own
+        raise WriteError(f"{output}: expected to write it, got {error}") from error
 
 
 class _Run:
     def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks):
-        self.output, self.recipe, self.resume = check_output(output, resume), recipe, resume
-        self.progress, self.callbacks, self.source = progress, callbacks, Path(model)
+        self.recipe, self.progress, self.callbacks = recipe, progress, callbacks
+        self.source, self.output = Path(model), check_output(output, resume)
+        # Nothing is trained before recipe.json is there.
+        self.resume = resume and (self.output / RECIPE).exists()
         self.task: Task = infer_task(rows, task)
-        if not (self.source / "config.json").exists():
+        described = describe_run(self.task, recipe, self.source, rows)
+        if self.resume:
+            check_same_run(self.output, described)
+        if not (self.source / "config.json").is_file():
             raise InputError(f"model: expected a folder with a Hugging Face model, got {model}")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.source)
         fit, held = split_rows(rows, recipe.holdout, recipe.seed)
-        if not held:
+        if not held or not fit:
             raise InputError(
                 f"finetune: expected rows enough to hold out {recipe.holdout:.0%} of them, got {len(rows)}"
             )
+        self.tokenizer = load_tokenizer(self.source)
         self.fit, self.held = self._encode(fit), self._encode(held)
-        described = {"task": asdict(self.task), "recipe": asdict(recipe), "model": self.source.name}
-        (self.output / "recipe.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        config = self._load(self.source).config
+        for part in (self.fit, self.held):
+            check_tokens(part, self.tokenizer, config)
+        epochs = {"plain": recipe.plain_epochs, "robust": recipe.robust_epochs, "static": 1}
+        epochs["planner"] = recipe.planner_epochs
+        self.stages = [stage for stage, count in epochs.items() if count > 0]
+        say(describe_task(self.task, rows), progress)
+        drop_unfinished(self.output, (RECIPE, STATIC, "metrics.jsonl"))
+        if not self.resume:
+            record_run(self.output, described)
 
     def _encode(self, rows: list[dict]) -> EncodedDataset:
         return encode_rows(rows, self.task, self.tokenizer, self.recipe.max_length)
+
+    def _title(self, stage: str) -> str:
+        return f"stage {self.stages.index(stage) + 1} of {len(self.stages)}, {stage}"
 
     def run(self) -> nn.Module:
         folder = self.source
@@ -148,40 +116,55 @@ class _Run:
         if self.recipe.robust_epochs > 0:
             rate = self.recipe.robust_learning_rate or self.recipe.learning_rate
             folder = self._fit_encoder(folder, RobustTrainer, self.recipe.robust_epochs, rate)
-        model = dynplan.swap(self._load(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = self._load_swapped(folder).to("cuda" if torch.cuda.is_available() else "cpu")
         static = self._search(model)
         planner = self._learn(model, static)
         model.requires_grad_(True)
         model.dynplan.policy = PlannerPolicy(planner) if planner is not None else static
-        model.save_pretrained(self.output)
-        self.tokenizer.save_pretrained(self.output)
+        with writing(self.output):
+            unfinished = self._save(model)
+            # Without dynplan.json the folder is not taken for a finished one.
+            settle_files(unfinished, self.output, last=["dynplan.json"])
         return model
 
+    def _save(self, model: nn.Module) -> Path:
+        """Model and tokenizer in a folder under a name that nothing reads."""
+        unfinished = fresh_folder(self.output / ".unfinished")
+        model.save_pretrained(unfinished)
+        self.tokenizer.save_pretrained(unfinished)
+        return unfinished
+
     def _load(self, folder: Path) -> nn.Module:
-        labels = {i: str(label) for i, label in enumerate(self.task.labels)} or {0: "score"}
         # A new head draws its weights from the global generator.
         set_seed(self.recipe.seed)
-        return AutoModelForSequenceClassification.from_pretrained(
-            folder, id2label=labels, label2id={label: i for i, label in labels.items()}, dtype=torch.float32
-        )
+        return load_classifier(folder, self.task)
+
+    def _load_swapped(self, folder: Path) -> nn.Module:
+        return dynplan.swap(self._load(folder))
 
     def _checkpoints(self, stage: str) -> Path:
         return self.output / f"{stage}-checkpoints"
 
     def _arguments(self, stage: str, **settings):
-        return training_arguments(
-            self._checkpoints(stage), seed=self.recipe.seed, progress=self.progress, **settings
-        )
+        return training_arguments(self._checkpoints(stage), seed=self.recipe.seed, **settings)
 
     def _train(self, trainer, stage: str) -> None:
         folder = self._checkpoints(stage)
-        checkpoint = get_last_checkpoint(str(folder)) if self.resume and folder.is_dir() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if not self.resume:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that is not this one
+        drop_unfinished(folder, ())
+        shown = StageProgress(self._title(stage), self.progress)
+        trainer.add_callback(shown)
+        try:
+            trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+        finally:
+            shown.close()
 
     def _fit_encoder(self, source: Path, trainer_class, epochs: float, learning_rate: float) -> Path:
         stage = trainer_class.stage
         done = self.output / stage
-        if self.resume and (done / "config.json").exists():
+        if self.resume and (done / _DONE).exists():
+            say(f"{self._title(stage)}: taken from {done}", self.progress)
             return done
         model = self._load(source)
         extra = {}
@@ -201,30 +184,39 @@ class _Run:
         self._train(trainer, stage)
         if trainer_class is RobustTrainer:
             model = dynplan.unswap(model)
-        model.save_pretrained(done)
-        self.tokenizer.save_pretrained(done)
+        with writing(done):
+            unfinished = self._save(model)
+            (unfinished / _DONE).write_text(json.dumps({"stage": stage}) + "\n", encoding="utf-8")
+            settle_folder(unfinished, done)
         return done
 
     def _search(self, model: nn.Module) -> StaticPath:
-        place = self.output / "static.json"
-        if self.resume and place.exists():
-            paths = json.loads(place.read_text(encoding="utf-8"))
-            return StaticPath({int(size): layers for size, layers in paths.items()})
+        if self.resume and (self.output / STATIC).exists():
+            return read_static(self.output)
+        say(f"{self._title('static')}: the best fixed subsets of layers", self.progress)
         layers = model.dynplan.num_layers
         sizes = {whole_layers(budget, layers) for budget in self.recipe.budgets} - {0, layers}
         sizes |= {size + 1 for size in sizes if size + 1 < layers}
-        static = StaticPath.search(
-            model,
-            self._search_batches(),
-            sizes or {1},
-            swaps=self.recipe.search_swaps,
-            seed=self.recipe.seed,
-            progress=self.progress,
-            # By what is scored, like the planner's table: by the loss alone, a path that predicts one class
-            # with little confidence can win.
-            cost=lambda model, batches: -float(predict(model, batches, self.task).quality(self.task).mean()),
-        )
-        place.write_text(json.dumps(static.options()["paths"]) + "\n", encoding="utf-8")
+        sizes = sizes or {1}
+        most = sum(range(min(sizes) + 1, layers + 1)) + self.recipe.search_swaps * len(sizes)
+        with steps(None, self._title("static"), self.progress, total=most) as bar:
+
+            def cost(model: nn.Module, batches: list[dict]) -> float:
+                # By what is scored, like the planner's table: by the loss alone, a path that predicts one
+                # class with little confidence can win.
+                bar.update()
+                return -float(predict(model, batches, self.task).quality(self.task).mean())
+
+            static = StaticPath.search(
+                model,
+                self._search_batches(),
+                sizes,
+                swaps=self.recipe.search_swaps,
+                seed=self.recipe.seed,
+                progress=False,
+                cost=cost,
+            )
+        write_static(self.output, static)
         return static
 
     def _search_batches(self) -> list[dict]:

@@ -1,5 +1,6 @@
 """The report folder: report.md, paths.png, tradeoff.png, results.json; and the same table for a terminal."""
 
+import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from dynplan.benchmarking import environment
+from dynplan.files import write_whole
 from dynplan.training.data import Task
 from dynplan.training.evaluate import Row
 
@@ -110,6 +112,12 @@ def _pyplot():
     return pyplot
 
 
+def _save(figure, place: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=_DPI)
+    write_whole(place, picture.getvalue())
+
+
 def draw_paths(plan: np.ndarray, lengths: np.ndarray, budget: float, place: Path, samples: int = 120) -> None:
     """Which samples took which layers: one column a sample, ordered by path, and each layer's share beside
     it.
@@ -140,7 +148,7 @@ def draw_paths(plan: np.ndarray, lengths: np.ndarray, budget: float, place: Path
     for axis in (main, side):
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", which="both", length=0)
-    figure.savefig(place, dpi=_DPI)
+    _save(figure, place)
     plt.close(figure)
 
 
@@ -187,7 +195,7 @@ def draw_tradeoff(task: Task, rows: list[Row], place: Path) -> None:
     axes[0][0].set_ylabel(task.metric)
     handles, names = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
-    figure.savefig(place, dpi=_DPI)
+    _save(figure, place)
     plt.close(figure)
 
 
@@ -209,31 +217,38 @@ def write_report(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    timed = bool(rows[0].latency_ms)
     pictures = []
     for budget, plan in plans.items():
         name = "paths.png" if not pictures else f"paths-{budget:g}.png"
         draw_paths(plan, lengths, budget, folder / name)
         pictures.append(f"![Paths at budget {budget:g}]({name})")
-    draw_tradeoff(task, rows, folder / "tradeoff.png")
+    if timed:
+        draw_tradeoff(task, rows, folder / "tradeoff.png")
+    else:
+        (folder / "tradeoff.png").unlink(missing_ok=True)  # of an earlier report
     words = verdict(task, rows, samples)
     where = environment()
+    latency = (
+        f"Latency: medians, contestants timed in turn, on {where['device']} ({where['isa']}),"
+        f" {where['threads']} threads, torch {where['torch']}, float32 unless said;"
+        " the forward alone, not tokenizing."
+    )
     text = [
         f"# {title}",
         intro,
         markdown_table(task, rows),
-        "layers: share of sample-layers run; work: share of token-layers; ms: milliseconds per sentence.",
-        f"Latency: medians, contestants timed in turn, on {where['device']} ({where['isa']}),"
-        f" {where['threads']} threads, torch {where['torch']}, float32 unless said;"
-        " the forward alone, not tokenizing."
-        " Random paths: mean and standard deviation over three seeds.",
+        "layers: share of sample-layers run; work: share of token-layers"
+        + ("; ms: milliseconds per sentence." if timed else "; latency was not measured."),
+        *([latency] if timed else []),
+        "Random paths: mean and standard deviation over three seeds.",
         "## Does the planner pay?",
         "\n".join(f"- {sentence}" for sentence in words),
-        "## Score against time",
-        "![Score against measured latency](tradeoff.png)",
+        *(["## Score against time", "![Score against measured latency](tradeoff.png)"] if timed else []),
         "## Who took which layers",
         *pictures,
     ]
-    (folder / "report.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_whole(folder / "report.md", "\n\n".join(text) + "\n")
     results = {
         "title": title,
         "task": asdict(task),
@@ -243,5 +258,5 @@ def write_report(
         "rows": [asdict(row) for row in rows],
         **facts,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return folder / "report.md"

@@ -1,12 +1,22 @@
 """Ordinary and robust fine-tuning as thin subclasses of Hugging Face's Trainer."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from dynplan.errors import InputError
+from dynplan.files import write_whole, writing
 from dynplan.policies import FixedPath, KeepAll, RandomPath
+from dynplan.training.checkpoints import BestCheckpoint, WholeCheckpoints
 from dynplan.training.data import EncodedDataset, LengthGroupedSampler, Task
 from dynplan.training.losses import draw_paths, path_divergence, path_sizes, sample_losses
 from dynplan.training.metrics import task_metrics
@@ -25,17 +35,38 @@ class JsonLinesLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            kept = [
-                line for line in lines if line["stage"] != self.stage or line["step"] <= state.global_step
-            ]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if self._stays(line, state.global_step)]
+            with writing(self.path):
+                write_whole(self.path, "".join(line + "\n" for line in kept))
+
+    def _stays(self, line: str, step: int) -> bool:
+        try:
+            figures = json.loads(line)
+        except ValueError:  # it was being written when the run was killed
+            return False
+        return figures["stage"] != self.stage or figures["step"] <= step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             figures = {key: value for key, value in logs.items() if isinstance(value, (int, float))}
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.stage, "step": state.global_step, **figures}) + "\n")
+
+
+class StopWhenDiverged(TrainerCallback):
+    """Weights that became NaN stay so: nothing that is trained after that is of use."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "eval_loss", "train_loss"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                raise InputError(
+                    f"{self.stage} stage: expected a finite loss, got {logs[name]} at step "
+                    f"{state.global_step}; try a lower learning rate"
+                )
 
 
 def training_arguments(
@@ -46,11 +77,10 @@ def training_arguments(
     learning_rate: float,
     seed: int,
     bf16: bool = False,
-    progress: bool = True,
     **overrides,
 ) -> TrainingArguments:
-    """Settings shared by all stages: evaluate and save each epoch, keep the best checkpoint by ``score`` and
-    the last.
+    """Settings shared by all stages: evaluate and save each epoch, take the best checkpoint by ``score`` at
+    the end.
     """
     settings = dict(
         output_dir=str(output_dir),
@@ -63,13 +93,13 @@ def training_arguments(
         warmup_steps=0.06,
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="score",
         greater_is_better=True,
         logging_steps=20,
+        logging_nan_inf_filter=False,
         report_to="none",
-        disable_tqdm=not progress,
+        disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         bf16=bf16,
         dataloader_pin_memory=False,
@@ -81,7 +111,7 @@ def training_arguments(
     return TrainingArguments(**{**settings, **overrides})
 
 
-class PlainTrainer(Trainer):
+class PlainTrainer(WholeCheckpoints, Trainer):
     """Ordinary fine-tuning: the model's own loss, batches of like length, the task's figures at each
     evaluation.
 
@@ -109,9 +139,10 @@ class PlainTrainer(Trainer):
             eval_dataset=evaluation,
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[log, *callbacks],
+            callbacks=[StopWhenDiverged(self.stage), log, BestCheckpoint(), *callbacks],
             compute_metrics=self._figures,
         )
+        self.remove_callback(PrinterCallback)  # dictionaries on standard output
 
     def _figures(self, output) -> dict[str, float]:
         logits = output.predictions

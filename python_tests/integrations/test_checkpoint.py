@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 import dynplan
-from dynplan.integrations.huggingface import policy_files as checkpoint
+from dynplan import policy_files as checkpoint
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, RandomPath, StaticPath
 
@@ -143,6 +143,52 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
         checkpoint.save_policy(tmp_path, POLICIES["paths"]())
     assert (description.read_bytes(), weights.read_bytes()) == before
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".dynplan")]
+
+
+@pytest.mark.parametrize("stroke", range(5))
+def test_a_killed_save_leaves_one_policy_or_the_other(stroke, tmp_path, monkeypatch):
+    """A kill runs no handler: each file operation in turn is the last that happens."""
+    description, _ = saved(tmp_path)
+    old, new = json.loads(description.read_text())["policy"], POLICIES["paths"]()
+    left, replace = [stroke], os.replace
+
+    class Killed(BaseException):
+        pass
+
+    def counted(*places):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        replace(*places)
+
+    monkeypatch.setattr(os, "replace", counted)
+    monkeypatch.setattr(os, "unlink", lambda *_, **__: None)
+    monkeypatch.setattr(type(tmp_path), "unlink", lambda *_, **__: None)
+    try:
+        checkpoint.save_policy(tmp_path, new)
+    except Killed:
+        pass
+    monkeypatch.undo()
+    policy, _ = checkpoint.load_policy(tmp_path)
+    assert policy.to_config() == (old if stroke < 2 else new.to_config())
+    checkpoint.save_policy(tmp_path, new)
+    assert not list(tmp_path.glob("dynplan-*"))
+
+
+def test_a_planner_of_another_model_is_refused(tmp_path):
+    dynplan.swap(tiny(num_hidden_layers=3), POLICIES["upfront"]()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a planner of num_layers 3 in .*, got 4"):
+        dynplan.from_pretrained(tmp_path)
+
+
+def test_a_model_class_is_not_taken_from_anywhere(tmp_path):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["pipeline"]}))
+    with pytest.raises(
+        ValueError, match="expected a model class of transformers in config.json, got pipeline"
+    ):
+        dynplan.from_pretrained(tmp_path)
 
 
 def test_a_policy_without_a_planner_removes_old_weights(tmp_path):

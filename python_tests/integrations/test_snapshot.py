@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
+from dynplan._C import entries_are, sizes_are, types_are
 from helpers import assert_close_to_exact
 from integrations.models import KINDS, encoder_of, tiny
 from torch import nn
 
 import dynplan
-from dynplan._C import entries_are, sizes_are, types_are
 from dynplan.integrations.huggingface.snapshot import ModuleSnapshot
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.packed_weights import Watched

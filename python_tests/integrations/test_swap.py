@@ -276,7 +276,7 @@ def test_unknown_models_are_refused():
             DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8))
         )
     model = BertForMaskedLM(BertConfig(**small))
-    with pytest.raises(TypeError, match="expected one of BertModel, .*, got BertForMaskedLM; it holds a BertModel: dynplan.swap"):
+    with pytest.raises(TypeError, match="got BertForMaskedLM; it holds a BertModel: dynplan.swap"):
         dynplan.swap(model)
     dynplan.swap(model.bert)
     with pytest.raises(TypeError, match="expected policy to be a dynplan.policies.Policy, got str"):

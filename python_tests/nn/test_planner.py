@@ -147,3 +147,24 @@ def test_wrong_paths_are_refused():
 def test_unknown_configs_are_refused():
     with pytest.raises(ValueError, match="expected the arguments of StepwisePlanner, got"):
         planner_from_config({"type": "StepwisePlanner", "depth": 3})
+    for config, words in (
+        ([], "expected a mapping, got list"),
+        ({"type": []}, "expected type to be one of"),
+        ({"hidden_size": True}, "expected hidden_size to be a positive integer, got True"),
+        ({"hidden_size": 2**20, "width": 2**20}, "expected at most 134217728 parameters"),
+        ({"num_layers": 2**40}, "expected num_layers to be at most 4096"),
+        ({"prices": []}, r"expected prices to be finite numbers, got \[\]"),
+        ({"prices": [0.0, math.nan]}, "expected prices to be finite numbers"),
+        ({"paths": [[True]]}, "expected paths of layers 0..2, got True"),
+        ({"paths": [["0"]]}, "expected paths of layers 0..2, got 0"),
+    ):
+        if isinstance(config, dict):
+            config = {"type": "UpfrontPlanner", "hidden_size": 8, "num_layers": 3, **config}
+        with pytest.raises(ValueError, match=words):
+            planner_from_config(config)
+
+
+def test_calibration_needs_finite_qualities():
+    for wrong in (torch.zeros(0, 2), torch.tensor([[0.0, math.nan]])):
+        with pytest.raises(ValueError, match="UpfrontPlanner.calibrate: expected finite qualities"):
+            UpfrontPlanner(8, 3, paths=[(0,)]).calibrate(wrong)

@@ -22,9 +22,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
+def save_tiny_model(folder):
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(
@@ -46,8 +44,7 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def rows():
+def make_rows():
     draw = random.Random(0)
     made = []
     for _ in range(60):
@@ -56,3 +53,13 @@ def rows():
         words.insert(draw.randint(0, len(words)), ("bad", "good")[label])
         made.append({"sentence1": " ".join(words), "sentence2": None, "label": label})
     return made
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return make_rows()

@@ -8,12 +8,14 @@ from transformers import AutoTokenizer
 from dynplan.training.data import (
     InputError,
     LengthGroupedSampler,
+    describe_task,
+    encode_labels,
     encode_rows,
     infer_task,
-    read_rows,
     split_rows,
 )
 from dynplan.training.metrics import task_metrics
+from dynplan.training.rows import read_rows
 
 
 def write(path, *lines):
@@ -38,9 +40,23 @@ def test_reads_plain_and_gzip(tmp_path):
     [
         ("{", "expected one JSON object a line"),
         ("[1]", "expected a JSON object, got list"),
-        ('{"label": 1}', "expected 'sentence1' to be a string, got NoneType"),
+        ('{"label": 1}', "expected a column 'sentence1', got 'label'; --text names another"),
+        ('{"sentence1": null, "label": 1}', "expected 'sentence1' to be a string, got NoneType"),
         ('{"sentence1": "a", "sentence2": 3, "label": 1}', "expected 'sentence2' to be a string, got int"),
-        ('{"sentence1": "a"}', "expected 'label' to be a number or a string, got NoneType"),
+        ('{"sentence1": "a"}', "expected a column 'label', got 'sentence1'; --label names another"),
+        ('{"sentence1": "a", "label": null}', "expected 'label' to be a number or a string, got NoneType"),
+        ('{"sentence1": "a", "label": ""}', "expected 'label' to be a number or a string, got nothing"),
+        ('{"sentence1": "a", "label": NaN}', "expected 'label' to be a finite number, got nan"),
+        ('{"sentence1": "a", "label": -Infinity}', "expected 'label' to be a finite number, got -inf"),
+        ('{"sentence1": "a", "label": 1e400}', "expected 'label' to be a finite number, got inf"),
+        (
+            '{"sentence1": "a", "label": 1' + "0" * 400 + "}",
+            "expected 'label' to be a number of at most 64 bits",
+        ),
+        ('{"sentence1": "a", "label": 1' + "0" * 5000 + "}", "expected numbers of at most 64 bits"),
+        ('{"sentence1": "a", "label": "\\ud800"}', "expected 'label' to be text, got half a surrogate"),
+        ('{"sentence1": "\\ud800", "label": 1}', "expected 'sentence1' to be text, got half a surrogate"),
+        ("[" * 100_000, "expected one JSON object a line, got too deep a one"),
         ('{"sentence1": "a", "label": true}', "expected 'label' to be a number or a string, got bool"),
     ],
 )
@@ -72,10 +88,25 @@ def test_task_from_labels():
         (labelled(0, 1), "glue", "expected one of auto"),
         (labelled("a", "b"), "stsb", "expected numbers"),
         (labelled(0.5, 1), "rte", "expected whole numbers"),
+        (labelled(0.5, float("nan")), "auto", "expected finite numbers as labels, got nan"),
         (labelled(1, 1), "auto", "at least two different labels"),
     ):
         with pytest.raises(InputError, match=words):
             infer_task(bad, name)
+
+
+def test_labels_of_classes_written_as_decimals():
+    task = infer_task(labelled(0.0, 1.0), "classification")
+    assert task.labels == (0, 1) and encode_labels(labelled(1.0, 0), task) == [1, 0]
+    assert "--task classification makes them classes" in describe_task(
+        infer_task(labelled(0.0, 1.0)), labelled(0.0, 1.0)
+    )
+    with pytest.raises(InputError, match="expected all numbers or all strings as labels, got the string '1'"):
+        infer_task(labelled(0, 1, "1"))
+    with pytest.raises(InputError, match=r"expected a label among \[0, 1\], got 2 in row 2"):
+        encode_labels(labelled(1, 2), task)
+    with pytest.raises(InputError, match="expected numbers as labels, got 'a' in row 1"):
+        encode_labels(labelled("a"), infer_task(labelled(0.5, 1)))
 
 
 def test_metrics_by_hand():
@@ -89,6 +120,7 @@ def test_metrics_by_hand():
     found = task_metrics(scores, np.array([[1.0], [2.0], [4.0]]), np.array([0.0, 1.0, 9.0]))
     assert found["spearman"] == pytest.approx(1) and 0.9 < found["pearson"] < 1
     assert task_metrics(scores, np.ones((3, 1)), np.array([0.0, 1.0, 9.0]))["score"] == 0
+    assert task_metrics(scores, np.ones((1, 1)), np.array([2.0]))["score"] == 0
 
 
 def test_split_is_a_partition(rows):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -163,6 +164,118 @@ def test_resumed_equals_uninterrupted(tiny_model, rows, tmp_path):
     assert sorted(set(logged[0])) == sorted(set(logged[1]))
 
 
+def half_written(folder, like=None):
+    """A folder as a kill leaves it: some of the files, one of them cut."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    if like is not None:
+        weights = (like / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def test_half_written_folders_are_passed_over(tiny_model, rows, tmp_path):
+    """As an earlier version, or another program, may have left them under their final names."""
+    recipe = replace(QUICK, plain_epochs=1)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finetune(tiny_model, rows, whole, recipe=recipe, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tiny_model, rows, cut, recipe=recipe, progress=False, callbacks=[InStage("robust", 6)])
+    good = next((cut / "robust-checkpoints").glob("checkpoint-*"))
+    half_written(cut / "robust-checkpoints" / "checkpoint-9000", good)
+    half_written(cut / "robust")
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "robust", "st')
+    cut.rename(tmp_path / "moved")  # what checkpoints say about one another moves along
+    finetune(tiny_model, rows, tmp_path / "moved", recipe=recipe, progress=False, resume=True)
+    for name in ("model.safetensors", "dynplan.safetensors", "dynplan.json", "static.json"):
+        assert (tmp_path / "moved" / name).read_bytes() == (whole / name).read_bytes(), name
+    assert all(json.loads(line)["stage"] for line in open(tmp_path / "moved" / "metrics.jsonl"))
+    assert len(list((tmp_path / "moved" / "robust-checkpoints").iterdir())) <= 2
+
+
+def test_a_run_is_resumed_under_its_own_settings(tuned, tiny_model, rows, tmp_path):
+    recipe = replace(QUICK, plain_epochs=1)
+
+    def refuse(words, model=tiny_model, rows=rows, task="auto", **settings):
+        with pytest.raises(InputError, match=f"expected the settings of the run in .*, got .*{words}"):
+            finetune(model, rows, tuned, task, replace(recipe, **settings), resume=True, progress=False)
+
+    before = {path: path.stat().st_mtime_ns for path in tuned.iterdir()}
+    refuse(r"--menu-size 5 \(it began with 4\)", menu_size=5)
+    refuse(r"--batch-size 8 \(it began with 16\), --budgets", batch_size=8, budgets=(0.25,))
+    refuse("--train with other rows", rows=rows[:-1])
+    refuse(r"--task sst2 \(it began with auto\)", task="sst2")
+    (tmp_path / "another").symlink_to(tiny_model)
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    refuse(r"--model other \(it began with tiny", model=other)
+    assert {path: path.stat().st_mtime_ns for path in tuned.iterdir()} == before
+
+
+def test_what_cannot_be_trained_leaves_nothing(tiny_model, rows, tmp_path):
+    def refuse(words, change=None, rows=rows, drop=(), **settings):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        model = shutil.copytree(tiny_model, folder / "model")
+        for name in drop:
+            (model / name).unlink()
+        if change:
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=words):
+            finetune(model, rows, folder / "out", recipe=replace(QUICK, **settings), progress=False)
+        assert not list((folder / "out").glob("*"))
+
+    refuse("model: expected a folder that can be loaded, .*is_decoder", {"is_decoder": True})
+    refuse("model: expected a folder that can be loaded, .*type", {"model_type": "distilbert"})
+    refuse("model: expected a folder that can be loaded", {"model_type": "no-such-type"})
+    refuse(
+        "expected weights of the whole encoder in .*, got none for bert.encoder.layer.4",
+        {"num_hidden_layers": 5},
+    )
+    refuse("model: expected a folder that can be loaded", drop=["model.safetensors"])
+    refuse(
+        "tokenizer: expected one of tokenizer.json.* got none; save",
+        {"model_type": "bert"},
+        drop=["tokenizer.json", "tokenizer_config.json"],
+    )
+    refuse(
+        r"words that it knows in the rows, got only \[UNK\]",
+        rows=[{**row, "sentence1": "xy"} for row in rows],
+    )
+    refuse("words that it knows in the rows, got only special tokens", max_length=2)
+    long = [{**row, "sentence1": "good " * 40} for row in rows]
+    refuse(
+        "--max-length: expected at most the model's 32 positions, got a row of 42", rows=long, max_length=64
+    )
+
+
+def test_divergence_is_told_in_a_line(tiny_model, rows, tmp_path):
+    with pytest.raises(
+        InputError, match="robust stage: expected a finite loss, got (nan|inf) at step [0-9]+; try"
+    ):
+        finetune(
+            tiny_model,
+            rows,
+            tmp_path,
+            recipe=replace(QUICK, learning_rate=1e6, robust_epochs=9),
+            progress=False,
+        )
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "static.json"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "[" * 100_000, '{"task": 1, "1": 5}', '{"a": 1' + "0" * 5000 + "}"]
+)
+def test_a_damaged_run_is_told_in_a_line(tuned, tmp_path, name, text):
+    for file in ("recipe.json", "static.json"):
+        shutil.copy(tuned / file, tmp_path)
+    (tmp_path / name).write_text(text)
+    if (name, text) == ("static.json", "{}"):
+        assert load_run(tmp_path)[2] == {}  # no fixed subset is a set of them
+        return
+    with pytest.raises(InputError, match=f"checkpoint: expected .*{name}[^\n]*$"):
+        load_run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("planner", "objective", "kind"),
     [
@@ -197,6 +310,11 @@ def test_settings_are_checked(tmp_path, tiny_model, rows):
         ({"planner": "oracle"}, "planner to be one of upfront, stepwise, got 'oracle'"),
         ({"planner_objective": "luck"}, "objective to be one of gates, reward, values, got 'luck'"),
         ({"planner": "stepwise", "planner_objective": "reward"}, "objective gates for a stepwise planner"),
+        ({"shares": (0.9, 0.4)}, "shares to be rising within 0..1"),
+        ({"holdout": 1.0}, "holdout within 0..1, got 1.0"),
+        ({"batch_size": 1.5}, "--batch-size to be a whole number within 1..1048576, got 1.5"),
+        ({"seed": True}, "--seed to be a whole number"),
+        ({"learning_rate": 0.0}, "--learning-rate to be a number above 0"),
     ):
         with pytest.raises(InputError, match=words):
             Recipe(**settings)

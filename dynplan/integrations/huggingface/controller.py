@@ -159,9 +159,9 @@ class Controller:
             return
         if self._weights is not None:
             raise RuntimeError(
-                f"dynplan: expected a forward for the kernels, got one they cannot do: {reason}; the model was "
-                f"swapped with weights={self._weights!r}: call dynplan.unswap(model), then dynplan.swap(model) "
-                "without weights="
+                f"dynplan: expected a forward for the kernels, got one they cannot do: {reason}; "
+                f"the model was swapped with weights={self._weights!r}: call dynplan.unswap(model), then "
+                "dynplan.swap(model) without weights="
             )
         if warn and not self._model.training and reason not in self._told:
             self._told.add(reason)

@@ -77,9 +77,7 @@ def _samples_of(rows: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets[1:], rows, right=True)
 
 
-def _bypass(
-    layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None
-) -> Tensor:
+def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None) -> Tensor:
     """``layer`` on the active rows, mixed by ``share`` ``(N,)``; all other rows as they came."""
     if not step.sizes.rows:
         return hidden
@@ -151,8 +149,8 @@ def run_padded(
             run.forward = loop
         elif collect or decide.taken() is None or not decide.plan.all():
             raise NotImplementedError(
-                f"dynplan: expected {kind.__name__}'s own forward under a plan that bypasses layers, got another of "
-                f"{type(state.stack).__name__}, whose loop over the layers cannot be planned"
+                f"dynplan: expected {kind.__name__}'s own forward under a plan that bypasses layers, "
+                f"got another of {type(state.stack).__name__}, whose loop over the layers cannot be planned"
             )
         else:
             run = state.stack

@@ -1,4 +1,4 @@
-"""What an encoder was read to be, for as long as it stays that: the one cache of every fast way through it."""
+"""What an encoder was read to be, for as long as it stays that: the cache of every fast way through it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _REFUSED = {
     "add_cross_attention": "cross-attention is not planned",
     "is_causal": "a causal mask would make each token's work depend on its place",
 }
+_ELEMENTWISE = ("torch.nn.modules.activation", "transformers.activations")
 # Adapters that treat each token by itself, so that packed rows will do.
 _ADAPTERS = ("peft.tuners.lora", "peft.tuners.ia3", "peft.tuners.adalora")
 
@@ -72,7 +73,8 @@ class EncoderState:
         parts = [model, self.stack, getattr(self.stack, family.layers)]
         for root in (embeddings, *self.layers, getattr(model, family.projection or "", None)):
             parts += [] if root is None else root.modules()
-        configs = {id(config): config for config in (getattr(part, "config", None) for part in parts) if config}
+        configs = [config for part in parts if (config := getattr(part, "config", None)) is not None]
+        configs = {id(config): config for config in configs}
         settings = [
             (vars(config), name)
             for config in configs.values()
@@ -156,8 +158,8 @@ class EncoderState:
             raise Differs("dropout of the embeddings is on")
         if norm.bias is None or len(norm.normalized_shape) != 1:
             raise Differs("the norm of the embeddings has no bias or several dimensions")
-        positions, token_types = (getattr(module, name, None) for name in (parts.positions, parts.token_types))
-        if module.get_buffer(parts.positions).is_meta:
+        positions, token_types = module.get_buffer(parts.positions), getattr(module, parts.token_types, None)
+        if positions.is_meta:
             raise Differs("positions hold nothing")
         padding_idx = None
         if parts.padding_idx is not None:
@@ -238,7 +240,7 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         _expect(_find(layer, path), nn.Dropout, path)
     activation = _find(layer, parts.activation)
     _expect(activation, type(activation), parts.activation)
-    if not type(activation).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
+    if not type(activation).__module__.startswith(_ELEMENTWISE):
         raise Differs(f"activation is {type(activation).__name__}, which may look at more than one number")
 
 

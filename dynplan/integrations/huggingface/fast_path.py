@@ -1,9 +1,8 @@
 """A swapped encoder's forward in one op, where nothing stands in its way.
 
 One short text leaves no more than its weights in the caches, and whatever is looked at between two forwards
-is waited for. So what may not have changed is asked for as a whole
-(:class:`~dynplan.integrations.huggingface.encoder_state.EncoderState`), and what remains of the forward is one
-call.
+is waited for. So what may not have changed is asked for as a whole (``EncoderState.holds``), and what remains
+of the forward is one call.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Decisions:
         return taken(self.plan, self._gates) if self._ahead else None
 
     def __call__(self, layer: int, hidden: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """bool ``(B,)`` and gates ``(B,)`` or None; ``hidden()`` gives packed states about to enter the layer."""
+        """bool ``(B,)`` and gates ``(B,)`` or None; ``hidden()`` gives the packed states before the layer."""
         if self._ahead:
             gate = None if self._gates is None else self._gates[:, layer]
             return self.plan[:, layer], gate

@@ -18,9 +18,9 @@ from torch import nn
 from dynplan.integrations.huggingface.controller import Controller
 from dynplan.integrations.huggingface.families import FAMILIES, Family, find_family
 from dynplan.integrations.huggingface.forward import SwappedForward
-from dynplan.integrations.huggingface.policy_files import SwappedSave, load_policy
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
+from dynplan.policy_files import DESCRIPTION, load_policy, save_policy
 
 # Heads that would take padding for text: what they read there is zero in a swapped model.
 _READS_PADDING = ("ForQuestionAnswering",)
@@ -109,14 +109,59 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
     policy, budget = load_policy(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     names = config.architectures or ["none"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
+    model_class = getattr(transformers, str(names[0]), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
             f"from_pretrained: expected a model class of transformers in config.json, got {names[0]}"
         )
     model = swap(model_class.from_pretrained(folder, **options), policy, weights=weights)
+    _check_fit(model, folder)
     model.dynplan.budget = budget
     return model
+
+
+class SwappedSave:
+    """Takes the place of ``model.save_pretrained`` on one instance: the original's work, then the policy's
+    files.
+
+    An object rather than a closure, so that deep copies and pickles of the model hold one of their own.
+
+    Args:
+        model: the swapped model.
+        controller: holds what is to be saved.
+    """
+
+    def __init__(self, model: nn.Module, controller: Controller) -> None:
+        self.model = model
+        self.controller = controller
+
+    def __call__(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **options: Any
+    ) -> Any:
+        """See ``transformers.PreTrainedModel.save_pretrained``.
+
+        Raises:
+            ValueError: ``push_to_hub=True``, which would upload before the policy's files are there.
+        """
+        if options.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained: expected push_to_hub=False on a swapped model, got True; "
+                "use model.push_to_hub(...)"
+            )
+        result = type(self.model).save_pretrained(self.model, save_directory, is_main_process, **options)
+        if is_main_process:
+            save_policy(save_directory, self.controller.policy, self.controller.budget)
+        return result
+
+
+def _check_fit(model: nn.Module, folder: str | os.PathLike) -> None:
+    planner = model.dynplan.planner
+    for name, own in (("num_layers", model.dynplan.num_layers), ("hidden_size", model.config.hidden_size)):
+        if getattr(planner, name, own) != own:
+            raise ValueError(
+                f"from_pretrained: expected a planner of {name} {own} in {folder}, "
+                f"got {getattr(planner, name)}; {DESCRIPTION} belongs to another model"
+            )
 
 
 def _find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]:
@@ -134,8 +179,8 @@ def _find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str
                 f"dynplan.{caller}(model.get_submodule({inside[0][0]!r})) if what reads it ignores padding"
             )
         raise TypeError(
-            f"{caller}: expected one of {known}, or one of these with a head for classification of sequences or "
-            f"tokens, got {type(model).__name__}{remedy}"
+            f"{caller}: expected one of {known}, or one of these with a head for classification of sequences "
+            f"or tokens, got {type(model).__name__}{remedy}"
         )
     family, suffix = found
     return model if suffix == "Model" else getattr(model, family.attribute), family, suffix

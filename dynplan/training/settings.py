@@ -1,0 +1,96 @@
+"""Every setting of the recipe, and what each may be."""
+
+import math
+from dataclasses import dataclass, fields
+
+from dynplan.errors import InputError
+from dynplan.training.planning import OBJECTIVES
+
+PLANNERS = ("upfront", "stepwise")
+
+_ABOVE_ZERO = math.ulp(0.0)
+_RANGES = {
+    "plain_epochs": (0, 1e6),
+    "robust_epochs": (0, 1e6),
+    "planner_epochs": (0, 1e6),
+    "batch_size": (1, 2**20),
+    "learning_rate": (_ABOVE_ZERO, 1e6),
+    "robust_learning_rate": (_ABOVE_ZERO, 1e6),
+    "planner_learning_rate": (_ABOVE_ZERO, 1e6),
+    "planner_rows": (1, 2**31),
+    "menu_size": (2, 2**16),
+    "search_rows": (1, 2**31),
+    "search_swaps": (0, 2**31),
+    "distill": (0, 1e6),
+    "max_length": (2, 2**20),
+    "seed": (0, 2**32 - 1),  # what NumPy takes
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of :func:`~dynplan.training.finetune`. Shares and budgets are of layer work, 0..1;
+    lengths in tokens.
+
+    Raises InputError for a setting out of its range.
+    """
+
+    plain_epochs: float = 0.0
+    robust_epochs: float = 3.0
+    planner_epochs: float = 3.0
+    batch_size: int = 16
+    learning_rate: float = 5e-5
+    robust_learning_rate: float | None = None
+    planner_learning_rate: float = 1e-3
+    planner: str = "upfront"
+    planner_objective: str | None = None
+    planner_rows: int = 2000
+    menu_size: int = 12
+    search_rows: int = 256
+    search_swaps: int = 16
+    budgets: tuple[float, ...] = (0.75, 0.5)
+    shares: tuple[float, float] = (0.4, 0.9)
+    distill: float = 1.0
+    holdout: float = 0.1
+    max_length: int = 128
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _RANGES and not (value is None and field.default is None):
+                self._check_range(field.name, value, whole=field.type in (int, "int"))
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise InputError(f"finetune: expected budgets within 0..1, got {budget}")
+        if not 0 <= self.shares[0] <= self.shares[1] <= 1:
+            raise InputError(f"finetune: expected shares to be rising within 0..1, got {self.shares}")
+        if not 0 < self.holdout < 1:
+            raise InputError(f"finetune: expected holdout within 0..1, got {self.holdout}")
+        if self.planner not in PLANNERS:
+            raise InputError(
+                f"finetune: expected planner to be one of {', '.join(PLANNERS)}, got {self.planner!r}"
+            )
+        if self.objective not in OBJECTIVES:
+            raise InputError(
+                f"finetune: expected objective to be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+        if self.planner == "stepwise" and self.objective != "gates":
+            raise InputError(
+                f"finetune: expected objective gates for a stepwise planner, got {self.objective!r}"
+            )
+
+    @staticmethod
+    def _check_range(name: str, value, whole: bool) -> None:
+        low, high = _RANGES[name]
+        kind = "a whole number" if whole else "a number"
+        right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not right or not low <= value <= high:
+            bounds = f"above 0 and up to {high:g}" if low == _ABOVE_ZERO else f"within {low:g}..{high:.12g}"
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"finetune: expected {option} to be {kind} {bounds}, got {value}")
+
+    @property
+    def objective(self) -> str:
+        return self.planner_objective or ("gates" if self.planner == "stepwise" else "values")
