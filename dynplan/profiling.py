@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from dynplan._library import find_op
 from dynplan.benchmarking import interleave
-from dynplan.integrations import encoder as planned
-from dynplan.integrations import forward as swapped
-from dynplan.integrations import whole
+from dynplan.integrations.huggingface import fast_path, forward, fused
 
 _encoder_phases = find_op("_encoder_phases")
 
@@ -47,9 +45,9 @@ _DISPATCH_OPS = ("pack", "build_dispatch", "unpack")
 _METHODS = ("_embed", "_output")
 # Where the forward looks the others up.
 _PLACES = {
-    whole: ("encode_tokens", "plan_upfront"),
-    planned: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "keep_stepwise"),
-    swapped: ("pack", "unpack"),
+    fast_path: ("encode_tokens", "plan_upfront"),
+    fused: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "keep_stepwise"),
+    forward: ("pack", "unpack"),
 }
 
 
@@ -155,9 +153,9 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
     A clock rather than PyTorch's profiler, whose records cost a short text's forward a twentieth of its time.
     """
     spent: dict[str, float] = {}
-    forward = next(vars(module)["forward"] for module in model.modules() if "forward" in vars(module))
+    swapped = next(vars(module)["forward"] for module in model.modules() if "forward" in vars(module))
     places = [(place, name) for place, names in _PLACES.items() for name in names]
-    places += [(forward, name) for name in _METHODS]
+    places += [(swapped, name) for name in _METHODS]
     originals = [getattr(place, name) for place, name in places]
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +175,7 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
         for (place, name), original in zip(places, originals, strict=True):
             setattr(place, name, original)
         for name in _METHODS:
-            delattr(forward, name)
+            delattr(swapped, name)
 
 
 def bench_profile(

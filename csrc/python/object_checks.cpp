@@ -71,12 +71,28 @@ PyObject* entries_are(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+PyObject* dicts_are(PyObject*, PyObject* arguments) {
+  PyObject* tuples[2];
+  if (!take_tuples("dicts_are", arguments, tuples, 2)) return nullptr;
+  const Py_ssize_t size = PyTuple_Size(tuples[0]);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    prefetch(tuples[0], i + kAhead, size);
+    PyObject* dict = PyObject_GenericGetDict(PyTuple_GetItem(tuples[0], i), nullptr);
+    if (dict == nullptr) return nullptr;
+    const bool same = dict == PyTuple_GetItem(tuples[1], i);
+    Py_DECREF(dict);
+    if (!same) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 }  // namespace
 
 PyMethodDef object_checks[] = {
     {"types_are", types_are, METH_VARARGS, "type(objects[i]) is types[i] for all i"},
     {"sizes_are", sizes_are, METH_VARARGS, "len(dicts[i]) == sizes[i] for all i"},
     {"entries_are", entries_are, METH_VARARGS, "dicts[i].get(keys[i]) is values[i] for all i"},
+    {"dicts_are", dicts_are, METH_VARARGS, "objects[i].__dict__ is dicts[i] for all i"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace dynplan

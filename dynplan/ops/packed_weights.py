@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from dynplan._C import dicts_are
 from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 
@@ -23,12 +24,13 @@ class Watched:
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = [tensor for tensor in tensors if is_plain(tensor)]
-        self._watch = torch.classes.dynplan.WeightWatch(self._tensors)
+        self._tensors = tuple(tensor for tensor in tensors if is_plain(tensor))
+        self._dicts = tuple(map(vars, self._tensors))
+        self._watch = torch.classes.dynplan.WeightWatch(list(self._tensors))
 
     def unchanged(self) -> bool:
         """Whether all are as they were when this was made."""
-        return self._watch.unchanged(self._tensors)
+        return dicts_are(self._tensors, self._dicts) and self._watch.unchanged()
 
 
 def is_plain(tensor: object) -> bool:

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from dynplan._C import entries_are, sizes_are, types_are
+from dynplan._C import dicts_are, entries_are, sizes_are, types_are
 from helpers import assert_close_to_exact
 from integrations.models import KINDS, encoder_of, tiny
 from torch import nn
@@ -23,6 +23,7 @@ def test_object_checks():
     assert sizes_are((table, other), (2, 0)) and not sizes_are((table, other), (2, 1))
     assert entries_are((table, table), ("a", "b"), (1, None))
     assert entries_are((other,), ("a",), (None,)), "a missing entry counts as None"
+    assert dicts_are((norm,), (vars(norm),)) and not dicts_are((norm,), ({},))
     assert not entries_are((table,), ("a",), (2,)) and not entries_are((other,), ("a",), (1,))
 
 
@@ -32,6 +33,7 @@ def test_object_checks():
         (types_are, ((1,),)),
         (types_are, ((1,), ())),
         (types_are, ([1], [int])),
+        (dicts_are, ((1,), ({},))),
         (sizes_are, ((1,), (1,))),
         (sizes_are, (({},), ("a",))),
         (entries_are, (({},), ([],), (1,))),
@@ -40,12 +42,12 @@ def test_object_checks():
     ],
 )
 def test_object_checks_refuse(check, arguments):
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):
         check(*arguments)
 
 
 def norm():
-    return nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    return nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Dropout())
 
 
 CHANGES = {
@@ -59,7 +61,7 @@ CHANGES = {
     "buffer": lambda model: model[0].register_buffer("b", torch.ones(1)),
     "hook": lambda model: model[0].register_forward_hook(lambda *_: None),
     "pre-hook": lambda model: model[0].register_forward_pre_hook(lambda *_: None),
-    "mode": lambda model: model[0].train(),
+    "dropout": lambda model: model[2].train(),
 }
 
 

@@ -10,9 +10,8 @@ from torch.nn.modules import module as torch_module
 
 from dynplan._C import entries_are, sizes_are, types_are
 
-# What kernels and layers read of a module besides its children and tensors, wherever a module has it.
+# What kernels read of a module besides its children and tensors, wherever a module has it.
 _NUMBERS = (
-    "training",
     "eps",
     "normalized_shape",
     "max_norm",
@@ -52,6 +51,8 @@ class ModuleSnapshot:
         for module in modules:
             own = vars(module)
             entries += [(own, name) for name in _NUMBERS if name in own]
+            if isinstance(module, nn.Dropout) or "attention_head_size" in own:
+                entries.append((own, "training"))
             for table in (own["_modules"], own["_parameters"], own["_buffers"]):
                 entries += [(table, name) for name in table]
             sized += [own, own["_forward_hooks"], own["_forward_pre_hooks"]]
