@@ -2,7 +2,7 @@
 
 import torch
 from integrations.change import add, ask, change, layers, part
-from integrations.changed_modules import altered, at, blurred, task_of
+from integrations.changed_classes import altered, at, blurred, task_of
 from torch import nn
 from torch.nn.modules import module as everywhere
 

@@ -1,0 +1,544 @@
+"""What the long proof draws from: operations on a pair of models, by theme."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from integrations.proof_pair import Mismatch, Pair, Side, answer, attempt, planned_answer, token_mask
+
+from dynplan.policies import FixedPath, HashPath, KeepAll, Policy, RandomPath, StaticPath
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of operation.
+
+    Attributes:
+        name: for the counts.
+        theme: a sequence draws from some themes only, so that many stay on the fast way.
+        weight: how often it is drawn.
+        run: does it.
+    """
+
+    name: str
+    theme: str
+    weight: float
+    run: Callable[[Pair], None]
+
+
+OPERATIONS: list[Operation] = []
+ALWAYS = ("inference", "policy", "writes")
+SOMETIMES = (
+    "training",
+    "adapters",
+    "hooks",
+    "modules",
+    "structure",
+    "types",
+    "copies",
+    "swapping",
+    "settings",
+)
+
+
+def operation(theme: str, weight: float = 1.0) -> Callable:
+    def register(run: Callable) -> Callable:
+        OPERATIONS.append(Operation(run.__name__.strip("_"), theme, weight, run))
+        return run
+
+    return register
+
+
+# ---- inference
+
+
+def inputs_of(pair: Pair) -> tuple[str, dict]:
+    """A random batch in one of the forms that Hugging Face accepts."""
+    draw = pair.random
+    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
+    batch_size, length = draw.choice((1, 1, 2, 2, 3, 4)), draw.choice((1, 2, 3, 5, 5, 8, 8, 13))
+    side = draw.choices(("right", "left", "holes", "none"), (6, 1, 1, 2))[0]
+    lowest = 0 if draw.random() < 0.04 else 1
+    lengths = torch.tensor([draw.randint(lowest, length) for _ in range(batch_size)]).unsqueeze(1)
+    place = torch.arange(length)
+    if side == "right":
+        mask = place < lengths
+    elif side == "left":
+        mask = place.flip(0) < lengths
+    elif side == "holes":
+        mask = torch.rand(batch_size, length, generator=generator) < 0.7
+        mask[:, 0] = True
+    else:
+        mask = torch.ones(batch_size, length, dtype=torch.bool)
+    ids = torch.randint(2, 97, (batch_size, length), generator=generator)
+    if draw.random() < 0.8:
+        ids = ids.where(mask, 1)
+    inputs = {"input_ids": ids.int() if draw.random() < 0.05 else ids}
+    words = [f"{batch_size}x{length} {side}"]
+    if side != "none" or draw.random() < 0.3:
+        kind = draw.choice(("int64", "int64", "int64", "int32", "bool", "float32"))
+        inputs["attention_mask"] = mask.to(getattr(torch, kind))
+        words.append(f"mask {kind}")
+    if draw.random() < 0.3:
+        rows = draw.choice((batch_size, batch_size, 1))
+        inputs["token_type_ids"] = torch.randint(0, 2, (rows, length), generator=generator)
+        words.append(f"types ({rows}, {length})")
+    if draw.random() < 0.15:
+        rows = draw.choice((batch_size, batch_size, 1))
+        inputs["position_ids"] = torch.randint(0, 38, (rows, length), generator=generator)
+        words.append(f"positions ({rows}, {length})")
+    if draw.random() < 0.08:
+        table = pair.twin.encoder.embeddings.word_embeddings
+        width = getattr(table, "embedding_dim", 32)
+        dtype = next(pair.twin.model.parameters()).dtype
+        del inputs["input_ids"]
+        inputs["inputs_embeds"] = torch.randn(batch_size, length, width, generator=generator).to(dtype)
+        words.append("embeddings given")
+    if pair.states and draw.random() < 0.2:
+        inputs["output_hidden_states"] = True
+        words.append("hidden states")
+    if draw.random() < 0.1:
+        inputs["return_dict"] = False
+        words.append("a tuple")
+    return ", ".join(words), inputs
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "gradients on": torch.enable_grad,
+}
+
+
+@operation("inference", 40)
+def forward(pair: Pair) -> None:
+    text, inputs = inputs_of(pair)
+    mode = pair.random.choices(list(MODES), (7, 2, 1))[0]
+    with MODES[mode]():
+        pair.compare(f"forward {text}, {mode}", inputs)
+
+
+@operation("inference", 3)
+@torch.no_grad()
+def forwards_of_one_batch(pair: Pair) -> None:
+    text, inputs = inputs_of(pair)
+    for _ in range(3):
+        pair.compare(f"forward {text}", inputs)
+
+
+@operation("inference", 0.7)
+@torch.no_grad()
+def wrong_inputs(pair: Pair) -> None:
+    text, inputs = inputs_of(pair)
+    if "input_ids" not in inputs:
+        return
+    which = pair.random.choice(("id too large", "id below zero", "too long", "types too large", "no inputs"))
+    ids = inputs["input_ids"]
+    if which == "id too large":
+        ids[0, 0] = 500
+    elif which == "id below zero":
+        ids[0, 0] = -500
+    elif which == "too long":
+        inputs = {"input_ids": torch.full((1, 70), 5)}
+    elif which == "types too large":
+        inputs["token_type_ids"] = torch.full_like(ids, 2)
+    else:
+        inputs = {}
+        pair.log.append("forward without inputs")
+        results = [attempt(lambda side: side.called(), side, 0) for side in (pair.twin, pair.ours)]
+        if not all(isinstance(result, Exception) for result in results):
+            raise Mismatch(f"forward without inputs: {results}")
+        return
+    if token_mask(inputs)[0, 0]:  # what stands at padding is nobody's business
+        pair.compare(f"forward with {which}: {text}", inputs)
+
+
+class Scaled(nn.Module):
+    """A model called with its weights times a factor."""
+
+    def __init__(self, model: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, **inputs):
+        state = {name: self.factor * value for name, value in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, state, kwargs=inputs)
+
+
+@operation("inference", 1)
+@torch.no_grad()
+def functional_call(pair: Pair) -> None:
+    text, inputs = inputs_of(pair)
+    factor = pair.random.uniform(0.7, 1.3)
+    if pair.weights is not None or pair.adapter:
+        return
+    keep_all_again(pair)  # the twin's state names all layers
+    kept = pair.twin.called, pair.ours.called
+    try:
+        for side in (pair.twin, pair.ours):
+            side.called = Scaled(side.called, factor).eval()
+        pair.compare(f"functional_call with weights times {factor:.2f}: {text}", inputs)
+    finally:
+        pair.twin.called, pair.ours.called = kept
+
+
+# ---- policies
+
+
+class EveryOther(Policy):
+    """A user's stepwise policy: from the offsets and the decisions so far."""
+
+    stepwise = True
+
+    def __init__(self, turn: int = 0) -> None:
+        self.turn = turn
+
+    def keep(self, layer, request, hidden, plan):
+        lengths = request.cu_seqlens.diff()
+        return (lengths + layer + self.turn + plan.sum(1)) % 3 != 0
+
+    def options(self):
+        return {"turn": self.turn}
+
+
+class LongTakeAll(Policy):
+    """A user's upfront policy that looks at the states."""
+
+    def plan(self, request):
+        keep = torch.ones(request.batch_size, request.num_layers, dtype=torch.bool, device=request.device)
+        keep[:, ::2] &= request.cu_seqlens.diff().unsqueeze(1) >= 4
+        assert request.hidden.shape[0] >= int(request.cu_seqlens[-1])
+        return keep
+
+
+def a_policy(pair: Pair) -> Policy:
+    draw, depth = pair.random, len(pair.twin.layers)
+    budget, seed = draw.choice((0.0, 0.25, 0.5, 0.5, 0.75, 1.0)), draw.randrange(9)
+    layers = list(range(depth))
+    return draw.choice(
+        (
+            lambda: KeepAll(),
+            lambda: FixedPath(torch.tensor([draw.random() < 0.6 for _ in layers], dtype=torch.bool)),
+            lambda: RandomPath(budget, seed),
+            lambda: RandomPath(budget, seed),
+            lambda: StaticPath({size: draw.sample(layers, size) for size in range(depth + 1)}, budget),
+            lambda: HashPath(budget, seed),
+            lambda: EveryOther(seed),
+            lambda: LongTakeAll(),
+        )
+    )()
+
+
+@operation("policy", 8)
+def set_policy(pair: Pair) -> None:
+    if pair.swapped:
+        controller = pair.ours.controller
+        controller.policy = a_policy(pair)
+        if not controller.policy.takes_budget:
+            controller.budget = None
+        pair.log.append(f"policy {controller.policy}")
+
+
+@operation("policy", 4)
+@torch.no_grad()
+def forward_on_a_plan_per_sample(pair: Pair) -> None:
+    if pair.swapped:
+        text, inputs = inputs_of(pair)
+        shape = len(token_mask(inputs)), len(pair.twin.layers)
+        keep = torch.tensor([[pair.random.random() < 0.6 for _ in range(shape[1])] for _ in range(shape[0])])
+        controller = pair.ours.controller
+        kept = controller.policy, controller.budget
+        controller.policy, controller.budget = FixedPath(keep.bool().reshape(shape)), None
+        try:
+            pair.compare(f"forward on {keep.tolist()}: {text}", inputs)
+        finally:
+            pair.ours.controller.policy, pair.ours.controller.budget = kept
+
+
+@operation("policy", 3)
+def set_budget(pair: Pair) -> None:
+    if pair.swapped:
+        controller = pair.ours.controller
+        taken = controller.policy.takes_budget or pair.random.random() < 0.1
+        controller.budget = pair.random.choice((None, 0.0, 0.3, 0.5, 0.8, 1.0)) if taken else None
+        pair.log.append(f"budget {controller.budget}")
+
+
+@operation("policy", 2)
+def keep_all_again(pair: Pair) -> None:
+    if pair.swapped:
+        pair.ours.controller.policy, pair.ours.controller.budget = KeepAll(), None
+        pair.log.append("policy KeepAll()")
+
+
+# ---- writes
+
+
+def a_name(pair: Pair) -> str:
+    names = [name for name, p in pair.twin.model.named_parameters() if p.numel() > 1]
+    return pair.random.choice(names)
+
+
+def write_data(p, f):
+    p.data.mul_(f)
+
+
+def write_copy(p, f):
+    p.data.copy_(f * p.data)
+
+
+def write_assigned(p, f):
+    p.data = f * p.data
+
+
+def write_numpy(p, f):
+    p.detach().numpy()[...] *= f
+
+
+def write_set(p, f):
+    with torch.no_grad():
+        p.set_(f * p.detach())
+
+
+def write_in_place(p, f):
+    with torch.no_grad():
+        p.mul_(f)
+
+
+def write_row(p, f):
+    with torch.no_grad():
+        p[0] *= 2 * f
+
+
+WRITES = (write_data, write_copy, write_assigned, write_numpy, write_set, write_in_place, write_row)
+
+
+@operation("writes", 8)
+def write(pair: Pair) -> None:
+    name, how = a_name(pair), pair.random.choice(WRITES)
+    factor = pair.random.choice((0.8, 0.9, 1.1, 1.25))
+    dtype = pair.twin.model.get_parameter(name).dtype
+    if dtype == torch.bfloat16:  # NumPy has no such type
+        how = write_data
+    pair.both(f"{how.__name__} {name} by {factor}", lambda side: how(side.model.get_parameter(name), factor))
+
+
+@operation("writes", 2)
+def write_everywhere(pair: Pair) -> None:
+    how, factor = pair.random.choice((write_data, write_in_place, write_set)), pair.random.choice((0.9, 1.1))
+
+    def action(side: Side):
+        for parameter in side.model.parameters():
+            how(parameter, factor)
+
+    pair.both(f"{how.__name__} all by {factor}", action)
+
+
+@operation("writes", 2)
+def one_element_then_refresh(pair: Pair) -> None:
+    name = a_name(pair)
+
+    def action(side: Side):
+        side.model.get_parameter(name).data.view(-1)[0] += 0.5
+        if side.controller is not None:
+            side.controller.refresh()
+
+    pair.both(f"one element of {name} through .data, then refresh()", action)
+
+
+@operation("writes", 1)
+def refresh(pair: Pair) -> None:
+    if pair.swapped:
+        pair.log.append("refresh()")
+        pair.ours.controller.refresh()
+
+
+@operation("writes", 2)
+def load_state_dict(pair: Pair) -> None:
+    assign = pair.random.random() < 0.4
+
+    def action(side: Side):
+        state = {
+            name: (0.9 * value + 0.05 * torch.randn_like(value))
+            if value.is_floating_point()
+            else value.clone()
+            for name, value in side.model.state_dict().items()
+        }
+        side.model.load_state_dict(state, assign=assign)
+
+    pair.both(f"load_state_dict(assign={assign})", action)
+
+
+@operation("writes", 1)
+def averaged_in_and_out(pair: Pair) -> None:
+    text, inputs = inputs_of(pair)
+    kept = []
+
+    def write_average(side: Side):
+        kept.append([p.detach().clone() for p in side.model.parameters()])
+        for parameter in side.model.parameters():
+            parameter.data.mul_(1.1)
+
+    def write_back(side: Side):
+        for parameter, value in zip(side.model.parameters(), kept.pop(0), strict=True):
+            parameter.data.copy_(value)
+
+    pair.both("averaged weights in", write_average)
+    with torch.no_grad():
+        pair.compare(f"forward {text}", inputs)
+    pair.both("averaged weights out", write_back)
+
+
+# ---- training
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, dict(lr=0.02), True),
+    "SGD with momentum": (torch.optim.SGD, dict(lr=0.02, momentum=0.9), True),
+    "Adam": (torch.optim.Adam, dict(lr=0.005), True),
+    "AdamW": (torch.optim.AdamW, dict(lr=0.005), True),
+    "Adagrad": (torch.optim.Adagrad, dict(lr=0.005), True),
+    "NAdam": (torch.optim.NAdam, dict(lr=0.005), False),
+    "RAdam": (torch.optim.RAdam, dict(lr=0.005), False),
+    "RMSprop": (torch.optim.RMSprop, dict(lr=0.002), False),
+    "Rprop": (torch.optim.Rprop, dict(lr=0.005), False),
+    "Adadelta": (torch.optim.Adadelta, dict(lr=1.0), False),
+    "Adamax": (torch.optim.Adamax, dict(lr=0.005), False),
+    "ASGD": (torch.optim.ASGD, dict(lr=0.02), False),
+}
+
+
+@operation("training", 10)
+def train_step(pair: Pair) -> None:
+    parameter = next(pair.twin.model.parameters())
+    if parameter.dtype != torch.float32 or (pair.weights is not None and pair.swapped):
+        return
+    text, inputs = inputs_of(pair)
+    inputs.pop("inputs_embeds", None)
+    inputs.pop("return_dict", None)
+    if "input_ids" not in inputs or not token_mask(inputs).any():
+        return
+    draw = pair.random
+    name = draw.choice(list(OPTIMIZERS))
+    kind, options, fuses = OPTIMIZERS[name]
+    how = draw.choice(("fused", "foreach", "plain") if fuses else ("foreach", "plain"))
+    options = {**options, **({how: True} if how != "plain" else dict(foreach=False))}
+    pair.log.append(f"{name} {how} step on {text}")
+    train, optimizers, plan = draw.random() < 0.8, {}, None
+    mine, theirs = pair.ours, pair.twin
+
+    def learn(side: Side):
+        nonlocal plan
+        side.called.train(train)
+        trained = [p for p in side.called.parameters() if p.requires_grad]
+        optimizers[side] = kind(trained, **options)
+        output = answer(side.called, inputs) if side is mine else planned_answer(side, inputs, plan)
+        if side is mine and side.controller is not None:
+            plan = side.controller.last_plan
+        # Hidden states at padding and of empty samples are left out already.
+        loss = sum(value.square().mean() for value in output)
+        loss.backward()
+
+    did, twin_did = attempt(learn, mine, 1), attempt(learn, theirs, 1)
+    try:
+        if isinstance(did, Exception) or isinstance(twin_did, Exception):
+            pair.judge(twin_did, did)
+            return
+        compare_gradients(pair)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        # Rounding is not to add up over a sequence. The twin packs nothing, so nothing hides by this.
+        theirs.called.load_state_dict(mine.called.state_dict())
+    finally:
+        for side in (mine, theirs):
+            side.called.zero_grad(set_to_none=True)
+            side.called.eval()
+
+
+def compare_gradients(pair: Pair) -> None:
+    gradients = []
+    for side in (pair.ours, pair.twin):
+        found = {name: p.grad for name, p in side.called.named_parameters() if p.grad is not None}
+        gradients.append(found)
+    mine, theirs = gradients
+    largest = max((g.abs().max().item() for g in theirs.values()), default=0.0)
+    for name in sorted(mine.keys() | theirs.keys()):
+        one, two = mine.get(name), theirs.get(name)
+        one = torch.zeros_like(two) if one is None else one
+        two = torch.zeros_like(one) if two is None else two
+        error = (one - two).abs().max().item()
+        if error > 1e-3 * max(largest, 1e-6):
+            raise Mismatch(f"gradient of {name} {error:.2e} off, at a largest gradient of {largest:.2e}")
+    pair.counts.comparisons += 1
+
+
+@operation("training", 2)
+def training_mode(pair: Pair) -> None:
+    text, inputs = inputs_of(pair)
+    pair.both("train()", lambda side: side.called.train())
+    with torch.no_grad():
+        pair.compare(f"forward in training mode {text}", inputs)
+    pair.both("eval()", lambda side: side.called.eval())
+
+
+@operation("training", 0.5)
+def gradients_wanted(pair: Pair) -> None:
+    wanted = pair.random.random() < 0.7
+    pair.both(f"requires_grad_({wanted})", lambda side: side.model.requires_grad_(wanted))
+
+
+# ---- adapters
+
+
+@operation("adapters", 4)
+def adapter_on(pair: Pair) -> None:
+    import peft
+
+    dtype = next(pair.twin.model.parameters()).dtype
+    if pair.adapter or dtype != torch.float32:
+        return
+    draw = pair.random
+    targets = draw.choice((["query", "value"], ["key", "output.dense"], ["intermediate.dense"], "all-linear"))
+    kind = draw.choice(("LoRA", "LoRA", "DoRA", "IA3"))
+    if kind == "IA3":
+        chosen = dict(target_modules=["key", "value"], feedforward_modules=[], init_ia3_weights=False)
+        config = peft.IA3Config(**chosen)
+    else:
+        config = peft.LoraConfig(
+            r=2, target_modules=targets, init_lora_weights=False, use_dora=kind == "DoRA"
+        )
+
+    def action(side: Side):
+        side.called = peft.get_peft_model(side.model, copy.deepcopy(config)).eval()
+
+    pair.adapter = pair.both(f"{kind} on {targets}", action)
+    if not pair.adapter:
+        pair.twin.called, pair.ours.called = pair.twin.model, pair.ours.model
+
+
+@operation("adapters", 6)
+def adapter_used(pair: Pair) -> None:
+    if not pair.adapter:
+        return
+    name = pair.random.choice(("merge_adapter", "unmerge_adapter", "disable", "enable"))
+    actions = {
+        "disable": lambda side: side.called.base_model.disable_adapter_layers(),
+        "enable": lambda side: side.called.base_model.enable_adapter_layers(),
+    }
+    pair.both(name, actions.get(name, lambda side: getattr(side.called, name)()))
+
+
+@operation("adapters", 3)
+def adapter_off(pair: Pair) -> None:
+    if not pair.adapter:
+        return
+    name = pair.random.choice(("unload", "merge_and_unload", "merge_and_unload"))
+
+    def action(side: Side):
+        model = getattr(side.called, name)()
+        assert model is side.model
+        side.called = model
+        side.model.requires_grad_(True)
+
+    if pair.both(name, action):
+        pair.adapter = False
