@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from integrations.proof_pair import Mismatch, Pair, Side, answer, attempt, planned_answer, token_mask
+from torch import nn
 
 from dynplan.policies import FixedPath, HashPath, KeepAll, Policy, RandomPath, StaticPath
 
