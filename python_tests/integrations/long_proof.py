@@ -41,7 +41,7 @@ def run_sequence(seed: int, counts: Counts, verbose: bool = False) -> Pair:
     themes = {*ALWAYS, *(theme for theme in SOMETIMES if draw.random() < SHARE_OF_THEMES)}
     choices = [operation for operation in OPERATIONS if operation.theme in themes]
     weights = [operation.weight for operation in choices]
-    length = draw.choice((15, 30, 60, 90))
+    length = draw.choice((20, 60, 120, 160))
     try:
         proof_changes.swap(pair)
         for _ in range(length):

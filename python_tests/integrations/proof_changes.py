@@ -352,7 +352,7 @@ def to_type(pair: Pair) -> None:
     pair.both(f"to({dtype})", lambda side: side.called.to(dtype) and None)
 
 
-@operation("types", 4)
+@operation("types", 8)
 def to_float(pair: Pair) -> None:
     pair.both("float()", lambda side: side.called.float() and None)
 
@@ -371,13 +371,13 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
-@operation("copies", 3)
+@operation("copies", 1.5)
 def go_on_with_a_copy(pair: Pair) -> None:
     how = copy.deepcopy if pair.states else pair.random.choice((copy.deepcopy, unpickled, saved))
     pair.both(f"go on with {how.__name__}", lambda side: side.replace(how))
 
 
-@operation("copies", 2)
+@operation("copies", 0.7)
 def write_to_a_copy(pair: Pair) -> None:
     """The copy's weights are its own."""
 

@@ -58,7 +58,7 @@ def inputs_of(pair: Pair) -> tuple[str, dict]:
     """A random batch in one of the forms that Hugging Face accepts."""
     draw = pair.random
     generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
-    batch_size, length = draw.choice((1, 1, 2, 2, 3, 4)), draw.choice((1, 2, 3, 5, 5, 8, 8, 13))
+    batch_size, length = draw.choice((1, 1, 1, 2, 2, 3)), draw.choice((1, 2, 3, 5, 5, 8, 8, 13))
     side = draw.choices(("right", "left", "holes", "none"), (6, 1, 1, 2))[0]
     lowest = 0 if draw.random() < 0.04 else 1
     lengths = torch.tensor([draw.randint(lowest, length) for _ in range(batch_size)]).unsqueeze(1)
@@ -124,7 +124,7 @@ def forward(pair: Pair) -> None:
 @torch.no_grad()
 def forwards_of_one_batch(pair: Pair) -> None:
     text, inputs = inputs_of(pair)
-    for _ in range(3):
+    for _ in range(2):
         pair.compare(f"forward {text}", inputs)
 
 
@@ -450,6 +450,7 @@ def train_step(pair: Pair) -> None:
             optimizer.step()
         # Rounding is not to add up over a sequence. The twin packs nothing, so nothing hides by this.
         theirs.called.load_state_dict(mine.called.state_dict())
+        pair.changed()
     finally:
         for side in (mine, theirs):
             side.called.zero_grad(set_to_none=True)
