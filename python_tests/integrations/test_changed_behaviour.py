@@ -2,6 +2,7 @@
 read padding, tracing and compilation."""
 
 import copy
+import logging
 import os
 import re
 
@@ -139,16 +140,26 @@ def test_gradients_after_a_change(name):
         assert (one - two).abs().max() <= 1e-4 * largest, key
 
 
-@pytest.mark.parametrize("backend", ["eager"])
-@pytest.mark.parametrize("name", [name for name in SOME if name != "lora-active"])
-def test_compiled(name, backend):
+COMPILED = SOME[:3] + SOME[4:5] + SOME[6:8]
+
+
+@pytest.fixture
+def quiet():
+    """PyTorch tells of each step of a trace; pytest keeps it, which takes longer than the trace."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name, quiet):
     """Compiled, asked twice, changed, asked again: right, and it goes on being right."""
     change = CHANGES[name]
     with change.made(change.original()) as twin:
         theirs = answer(twin)
     torch._dynamo.reset()
     model = dynplan.swap(change.original())
-    compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend="eager")
     try:
         answer(compiled)
         answer(compiled)
@@ -192,7 +203,7 @@ def test_question_answering_is_exact_or_refused():
     """Its softmax over positions takes padding in, whose states a swapped model does not compute."""
     from transformers import BertForQuestionAnswering
 
-    model = small(task="ForQuestionAnswering")
+    model = small(task="ForQuestionAnswering", num_labels=2)
     assert isinstance(model, BertForQuestionAnswering)
     where = dict(start_positions=torch.tensor([1, 0, 2]), end_positions=torch.tensor([3, 2, 4]))
     with torch.no_grad():
