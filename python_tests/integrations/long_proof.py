@@ -17,12 +17,14 @@ if __name__ == "__main__":
 
 import torch
 import transformers
-from integrations import proof_changes
+from integrations import proof_changes, proof_modules, proof_training
 from integrations.proof_operations import ALWAYS, OPERATIONS, SOMETIMES
 from integrations.proof_pair import Counts, Ended, Mismatch, Pair
 from tqdm import tqdm
 
 SHARE_OF_THEMES = 0.3
+# Importing them fills the table of operations.
+SOURCES = (proof_training, proof_modules, proof_changes)
 
 
 def run_sequence(seed: int, counts: Counts, verbose: bool = False) -> Pair:
