@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers.modeling_utils import AttentionInterface
 
-from dynplan.integrations.huggingface.families import Family, activation_of
+from dynplan.integrations.huggingface.families import Family, LayerParts, activation_of
 from dynplan.integrations.huggingface.snapshot import ModuleSnapshot, has_backward_hooks, own_forward
 from dynplan.ops.packed_weights import PackedWeights
 
@@ -17,6 +19,9 @@ from dynplan.ops.packed_weights import PackedWeights
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 # Adapters that treat each token by itself, so that packed rows will do.
 _ADAPTERS = ("peft.tuners.lora", "peft.tuners.ia3", "peft.tuners.adalora")
+
+# Tensors of these types are what their dtype and shape say; the last two stand for others during export.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 
 class Differs(Exception):
@@ -45,6 +50,7 @@ class EncoderState:
         model: the bare model.
         family: of it.
         weights: "int8" or "bfloat16": the type that products run in; None: the weights' own.
+        traced: whether the tensors hold nothing just now: then no contents are looked at.
 
     Attributes:
         layers: the present ones.
@@ -54,7 +60,9 @@ class EncoderState:
         why_refused: why no forward at all would be right.
     """
 
-    def __init__(self, model: nn.Module, family: Family, weights: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, weights: str | None, traced: bool = False
+    ) -> None:
         self.layers = list(family.layers_of(model))
         self.stack = getattr(model, family.stack[0])
         embeddings = getattr(model, family.embeddings)
@@ -67,7 +75,7 @@ class EncoderState:
         registered = [(AttentionInterface._global_mapping, name) for name in names if name]
         # Before anything is read: what another thread writes meanwhile shall be seen.
         self._modules = ModuleSnapshot(parts, [*implementations, *registered])
-        buffers = [embeddings.get_buffer(name) for name in _buffers_of(embeddings, family)]
+        buffers = [] if traced else [embeddings.get_buffer(name) for name in _buffers_of(embeddings, family)]
         self._buffers = torch.classes.dynplan.WeightWatch(buffers)
 
         bare = family.named("Model")
@@ -82,7 +90,8 @@ class EncoderState:
             self.why_not_fused = _reason(self._read_layers, family)
         self.projection = getattr(model, family.projection or "", None)
         self.embeddings: tuple | None = None
-        _reason(self._read_embeddings, embeddings, family)
+        if not traced:
+            _reason(self._read_embeddings, embeddings, family)
 
     def holds(self) -> bool:
         """Whether the model is as it was read, weights aside: :meth:`packed` looks at those."""
@@ -211,6 +220,13 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         raise Differs(f"activation is {type(activation).__name__}, which may look at more than one number")
 
 
+def layer_tensors(layer: nn.Module, parts: LayerParts) -> tuple[Tensor, ...]:
+    """A layer's weights and biases, in the order of :attr:`LayerReading.tensors`."""
+    paths = (*parts.linears[:4], parts.norms[0], *parts.linears[4:], parts.norms[1])
+    modules = [layer.get_submodule(path) for path in paths]
+    return tuple(tensor for module in modules for tensor in (module.weight, module.bias))
+
+
 def _read_layer(layer: nn.Module, family: Family) -> LayerReading:
     """The layer as the kernels take it.
 
@@ -233,9 +249,8 @@ def _read_layer(layer: nn.Module, family: Family) -> LayerReading:
         raise Differs("its norms differ in eps")
     if attention.num_attention_heads * attention.attention_head_size != linears[3].out_features:
         raise Differs("attention is narrower or wider than the layer")
-    order = (*linears[:4], norms[0], *linears[4:], norms[1])
-    tensors = tuple(tensor for module in order for tensor in (module.weight, module.bias))
-    if any(type(tensor) not in (nn.Parameter, Tensor) for tensor in tensors):
+    tensors = layer_tensors(layer, parts)
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
         raise Differs("a weight or bias is missing or a tensor of another kind")
     if not tensors[0].is_floating_point() or tensors[0].dtype == torch.float64:
         raise Differs(f"weights are {tensors[0].dtype}")
