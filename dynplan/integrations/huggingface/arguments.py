@@ -45,15 +45,19 @@ def check_options(
 
 def check_mask(mask: Tensor, batch_size: int, length: int) -> Tensor:
     """The mask as integers or bools ``(B, S)``; one row for all samples is repeated."""
-    expected = f"expected attention_mask of shape (B, S) = ({batch_size}, {length})"
+    # Neither formatted nor compared as a whole unless wrong: Dynamo would take sizes for constants.
     if mask.dim() != 2:
         raise NotImplementedError(
-            f"dynplan: {expected}, got {tuple(mask.shape)}; a mask per query or head cannot be packed"
+            f"dynplan: expected attention_mask of shape (B, S) = ({batch_size}, {length}), got "
+            f"{tuple(mask.shape)}; a mask per query or head cannot be packed"
         )
-    if mask.shape == (1, length):
+    if mask.shape[0] == 1 and batch_size != 1 and mask.shape[1] == length:
         mask = mask.expand(batch_size, length)
-    if mask.shape != (batch_size, length):
-        raise ValueError(f"dynplan: {expected}, got {tuple(mask.shape)}")
+    if mask.shape[0] != batch_size or mask.shape[1] != length:
+        raise ValueError(
+            f"dynplan: expected attention_mask of shape (B, S) = ({batch_size}, {length}), got "
+            f"{tuple(mask.shape)}"
+        )
     if mask.is_floating_point():
         whole = mask.to(torch.int32)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():

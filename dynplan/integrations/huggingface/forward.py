@@ -201,7 +201,7 @@ class SwappedForward:
             batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
             if attention_mask is not None:
                 attention_mask = check_mask(attention_mask, batch_size, length)
-            if token_type_ids is not None and token_type_ids.shape == (1, length) and batch_size != 1:
+            if token_type_ids is not None and token_type_ids.shape[0] == 1 and batch_size != 1:
                 token_type_ids = token_type_ids.expand(batch_size, length)
             alone = position_ids is None and inputs_embeds is None
             if reason is None and alone and state.embeddings is not None:

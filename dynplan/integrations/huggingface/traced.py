@@ -289,8 +289,13 @@ def _recorded_plan(
     if type(policy) not in _RECORDED or policy.stepwise:
         names = ", ".join(kind.__name__ for kind in _RECORDED)
         raise NotImplementedError(
-            f"dynplan: expected a policy that a program can hold ({names}, no stepwise planner), got {policy!r}; "
-            "set model.dynplan.policy to one of these, or use torch.export or torch.compile"
+            f"dynplan: expected a policy that a program can hold ({names}; no stepwise planner), got "
+            f"{type(policy).__name__}; set model.dynplan.policy to one of these, or use torch.compile"
+        )
+    if type(policy) is PlannerPolicy and torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError(
+            "dynplan: expected torch.export with strict=False for a planner, which is no module of the model, "
+            "got strict=True"
         )
     if controller.gates is not None:
         raise NotImplementedError("dynplan: expected no gates while a program is recorded, got some")
