@@ -75,8 +75,9 @@ class EncoderState:
         registered = [(AttentionInterface._global_mapping, name) for name in names if name]
         # Before anything is read: what another thread writes meanwhile shall be seen.
         self._modules = ModuleSnapshot(parts, [*implementations, *registered])
-        buffers = [] if traced else [embeddings.get_buffer(name) for name in _buffers_of(embeddings, family)]
-        self._buffers = torch.classes.dynplan.WeightWatch(buffers)
+        if not traced:
+            buffers = [embeddings.get_buffer(name) for name in _buffers_of(embeddings, family)]
+            self._buffers = torch.classes.dynplan.WeightWatch(buffers)
 
         bare = family.named("Model")
         own = type(model).forward is bare.forward and bare.forward.__module__ == bare.__module__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from dataclasses import fields
+from types import CodeType
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ class SwappedForward:
         # Trainer and others choose the columns of a data set by the forward's signature.
         signature = inspect.signature(type(self.model).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export wants to know where a forward is written.
+        return SwappedForward.__call__.__code__
 
     def __call__(
         self,

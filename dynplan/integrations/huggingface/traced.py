@@ -292,10 +292,10 @@ def _recorded_plan(
             f"dynplan: expected a policy that a program can hold ({names}; no stepwise planner), got "
             f"{type(policy).__name__}; set model.dynplan.policy to one of these, or use torch.compile"
         )
-    if type(policy) is PlannerPolicy and torch.compiler.is_dynamo_compiling():
+    if type(policy) is PlannerPolicy and (torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing()):
         raise NotImplementedError(
             "dynplan: expected torch.export with strict=False for a planner, which is no module of the model, "
-            "got strict=True"
+            "got " + ("torch.jit.trace" if torch.jit.is_tracing() else "strict=True")
         )
     if controller.gates is not None:
         raise NotImplementedError("dynplan: expected no gates while a program is recorded, got some")
