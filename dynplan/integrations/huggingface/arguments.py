@@ -23,7 +23,7 @@ def check_options(
         TypeError: more positional arguments than :data:`_POSITIONAL`.
         NotImplementedError: any other argument, with the reason.
     """
-    if rest:
+    if any(value is not None for value in rest):
         raise TypeError(
             f"dynplan: expected arguments after {_POSITIONAL} by keyword, got {len(rest)} by position"
         )

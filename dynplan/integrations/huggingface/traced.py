@@ -237,16 +237,9 @@ def _leave(handle: int, inputs: _Inputs, collect: bool) -> _States:
 
 
 def _record(forward: SwappedForward, inputs: _Inputs, collect: bool) -> _States:
-    if torch.onnx.is_in_onnx_export():
-        raise NotImplementedError(
-            "dynplan: ONNX has no op for per-sample paths; dynplan.export_onnx(model, path, keep) exports the "
-            "original with the layers of one path"
-        )
-    why_not_loop, why_not_fused, *reading = _read(forward.handle)
-    if why_not_loop is not None:
-        raise NotImplementedError(
-            f"dynplan: {why_not_loop}, which an exported program cannot hold; call dynplan.unswap(model)"
-        )
+    why_not, why_not_fused, *reading = _read(forward.handle)
+    if why_not is not None:
+        raise NotImplementedError(f"dynplan: {why_not}")
     hidden, _, mask = forward.embed(None, inputs, True, "traced")
     keep = _recorded_plan(forward, hidden, inputs[0], mask)
     weights = forward.controller.weights
@@ -272,12 +265,20 @@ def _record(forward: SwappedForward, inputs: _Inputs, collect: bool) -> _States:
 
 @torch._dynamo.assume_constant_result
 def _read(handle: int) -> tuple:
-    """Why not our loop, why not the kernels, and how the kernels read the layers."""
+    """Why no program at all, why not the kernels, and how the kernels read the layers."""
     forward = _live[handle]
+    why_not = _why_not_loop(handle)
+    if why_not is not None:
+        why_not += ", which a program cannot hold; call dynplan.unswap(model)"
+    if torch.onnx.is_in_onnx_export():  # Dynamo takes it for False
+        why_not = (
+            "ONNX has no op for per-sample paths; dynplan.export_onnx(model, path, keep) exports the original "
+            "with the layers of one path"
+        )
     state = EncoderState(forward.model, forward.family, None, traced=True)
     reading = state.reading
     numbers = (0, "", 0.0) if reading is None else (reading.num_heads, reading.activation, reading.eps)
-    return (_why_not_loop(handle), state.why_not_fused, *numbers)
+    return why_not, state.why_not_fused, *numbers
 
 
 def _recorded_plan(
