@@ -101,20 +101,21 @@ def check_first(mask: Tensor) -> None:
             )
 
 
-_cache: OrderedDict[tuple, PackedWeights] = OrderedDict()
+# By address: a compiled graph may hand the same weights over as other objects. The tensors are held with what
+# was packed of them, so that no other ones can come to lie where they do.
+_cache: OrderedDict[tuple, tuple[PackedWeights, list[list[Tensor]]]] = OrderedDict()
 _turn = threading.Lock()
 
 
 def _kept(layers: list[list[Tensor]], dtype: str | None) -> list[Tensor]:
-    """Packed weights of these tensors. An entry keeps its tensors, so that no other ones can come to lie
-    where they do; the oldest goes."""
+    """Packed weights of these tensors, kept; those that were asked for longest ago go."""
     key = (dtype, *(tensor.data_ptr() for layer in layers for tensor in layer))
     with _turn:
-        packed = _cache.pop(key, None) or PackedWeights(dtype)
-        _cache[key] = packed
+        entry = _cache.pop(key, None) or (PackedWeights(dtype), layers)
+        _cache[key] = entry
         while len(_cache) > 1 and sum(map(len, _cache)) > _PER_LAYER * _MAX_LAYERS:
             _cache.popitem(last=False)
-    return packed.get(layers)
+    return entry[0].get(layers)
 
 
 @planned_encoder.register_fake

@@ -60,16 +60,16 @@ class EncoderState:
         why_refused: why no forward at all would be right.
     """
 
-    def __init__(
-        self, model: nn.Module, family: Family, weights: str | None, traced: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, family: Family, weights: str | None, traced: bool = False) -> None:
         self.layers = list(family.layers_of(model))
         self.stack = getattr(model, family.stack[0])
         embeddings = getattr(model, family.embeddings)
         parts = [model, self.stack, getattr(self.stack, family.layers)]
         for root in (embeddings, *self.layers, getattr(model, family.projection or "", None)):
             parts += [] if root is None else root.modules()
-        configs = {id(config): config for config in (getattr(part, "config", None) for part in parts) if config}
+        configs = {
+            id(config): config for config in (getattr(part, "config", None) for part in parts) if config
+        }
         implementations = [(vars(config), "_attn_implementation_internal") for config in configs.values()]
         names = {table.get(name) for table, name in implementations}
         registered = [(AttentionInterface._global_mapping, name) for name in names if name]
@@ -149,7 +149,9 @@ class EncoderState:
             raise Differs("dropout of the embeddings is on")
         if norm.bias is None or len(norm.normalized_shape) != 1:
             raise Differs("the norm of the embeddings has no bias or several dimensions")
-        positions, token_types = (getattr(module, name, None) for name in (parts.positions, parts.token_types))
+        positions, token_types = (
+            getattr(module, name, None) for name in (parts.positions, parts.token_types)
+        )
         padding_idx = None
         if parts.padding_idx is not None:
             padding_idx = getattr(module, parts.padding_idx)
@@ -217,7 +219,9 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         _expect(layer.get_submodule(path), nn.Dropout, path)
     activation = layer.get_submodule(parts.activation)
     _expect(activation, type(activation), parts.activation)
-    if not type(activation).__module__.startswith(("torch.nn.modules.activation", "transformers.activations")):
+    if not type(activation).__module__.startswith(
+        ("torch.nn.modules.activation", "transformers.activations")
+    ):
         raise Differs(f"activation is {type(activation).__name__}, which may look at more than one number")
 
 

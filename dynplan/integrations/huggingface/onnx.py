@@ -73,9 +73,7 @@ def export_onnx(
     return torch.onnx.export(original.eval(), (), path, kwargs=dict(inputs), **{**settings, **options})
 
 
-def _kept(
-    model: nn.Module, bare: nn.Module, layers: int, keep: Tensor | Sequence[bool] | None
-) -> list[bool]:
+def _kept(model: nn.Module, bare: nn.Module, layers: int, keep: Tensor | Sequence[bool] | None) -> list[bool]:
     policy = KeepAll() if keep is None else FixedPath(keep)
     budget = None
     if keep is None and "dynplan" in vars(model):

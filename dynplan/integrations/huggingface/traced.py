@@ -38,13 +38,13 @@ _States = tuple[Tensor, tuple[Tensor, ...] | None]
 # Policies that are a function of the batch, so that a graph can hold them.
 _RECORDED = (KeepAll, FixedPath, StaticPath, HashPath, PlannerPolicy)
 
-_live: weakref.WeakValueDictionary[int, SwappedForward] = weakref.WeakValueDictionary()
+_live: weakref.WeakValueDictionary[str, SwappedForward] = weakref.WeakValueDictionary()
 _handles = itertools.count()
 
 
-def register(forward: SwappedForward) -> int:
+def register(forward: SwappedForward) -> str:
     """A handle by which ops find ``forward`` for as long as it lives."""
-    handle = next(_handles)
+    handle = str(next(_handles))  # Dynamo may take an attribute that is an int for a variable
     _live[handle] = forward
     return handle
 
@@ -77,7 +77,7 @@ def run(forward: SwappedForward, inputs: _Inputs, collect: bool) -> _States:
 
 @custom_op("dynplan::swapped_forward", mutates_args=())
 def swapped_forward(
-    handle: int,
+    handle: str,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
@@ -109,7 +109,7 @@ def swapped_forward(
 def _swapped_forward_fake(
     handle, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, states, autocast
 ) -> list[Tensor]:
-    forward = _live[int(handle)]
+    forward = _live[handle]
     given = inputs_embeds if input_ids is None else input_ids
     shape = (*given.shape[:2], forward.model.config.hidden_size)
     return [given.new_empty(shape, dtype=_dtype_of(forward, autocast)) for _ in range(states)]
@@ -152,7 +152,7 @@ def _differentiable(
 
 @custom_op("dynplan::swapped_plan", mutates_args=())
 def swapped_plan(
-    handle: int,
+    handle: str,
     layer: int,
     hidden: Tensor,
     attention_mask: Tensor | None,
@@ -220,7 +220,7 @@ for _op in (swapped_forward, swapped_plan):
 
 
 @torch._dynamo.assume_constant_result
-def _why_not_loop(handle: int) -> str | None:
+def _why_not_loop(handle: str) -> str | None:
     """Why our loop over the layers cannot stand for the stack's own."""
     forward = _live[handle]
     name, suffix = forward.family.stack
@@ -229,7 +229,7 @@ def _why_not_loop(handle: int) -> str | None:
 
 
 @torch.compiler.disable(reason="dynplan: the module that runs the layers has hooks or a forward of its own")
-def _leave(handle: int, inputs: _Inputs, collect: bool) -> _States:
+def _leave(handle: str, inputs: _Inputs, collect: bool) -> _States:
     return _live[handle].run(inputs, collect)
 
 
@@ -264,7 +264,7 @@ def _record(forward: SwappedForward, inputs: _Inputs, collect: bool) -> _States:
 
 
 @torch._dynamo.assume_constant_result
-def _read(handle: int) -> tuple:
+def _read(handle: str) -> tuple:
     """Why no program at all, why not the kernels, and how the kernels read the layers."""
     forward = _live[handle]
     why_not = _why_not_loop(handle)
