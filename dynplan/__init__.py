@@ -8,8 +8,7 @@ from dynplan import _library, nn, ops, policies
 if TYPE_CHECKING:
     from dynplan.integrations.huggingface.cuda_graph import capture
     from dynplan.integrations.huggingface.onnx import export_onnx
-    from dynplan.integrations.huggingface.swap import from_pretrained
-    from dynplan.integrations.huggingface.swap import swap, unswap
+    from dynplan.integrations.huggingface.swap import from_pretrained, swap, unswap
 
 __version__ = _library.build_info()["version"]
 __all__ = ["capture", "export_onnx", "from_pretrained", "nn", "ops", "policies", "swap", "unswap"]

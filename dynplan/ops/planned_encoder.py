@@ -25,7 +25,7 @@ _PER_LAYER = 16
 _MAX_LAYERS = 96
 
 
-@custom_op("dynplan::planned_encoder", mutates_args=())
+@custom_op("dynplan::planned_encoder", mutates_args=(), device_types=("cpu", "cuda"))
 def planned_encoder(
     hidden: Tensor,
     attention_mask: Tensor | None,

@@ -77,7 +77,9 @@ def _samples_of(rows: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets[1:], rows, right=True)
 
 
-def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None) -> Tensor:
+def _bypass(
+    layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None
+) -> Tensor:
     """``layer`` on the active rows, mixed by ``share`` ``(N,)``; all other rows as they came."""
     if not step.sizes.rows:
         return hidden

@@ -34,8 +34,8 @@ def export_onnx(
         path: of the file.
         keep: bool ``(L,)``, the layers to keep; None: what the model's policy keeps, if that is one path for
             all (KeepAll, StaticPath, FixedPath of one dimension), and all layers of a model not swapped.
-        inputs: name -> tensor, two-dimensional examples of all inputs that the file shall take, ``(B, S)`` with
-            ``B, S > 1``; by default integer ``input_ids`` and ``attention_mask``.
+        inputs: name -> tensor ``(B, S)`` with ``B, S > 1``, examples of all inputs that the file shall take;
+            by default integer ``input_ids`` and ``attention_mask``.
         **options: for ``torch.onnx.export`` (``opset_version``, ``optimize``, ``output_names``, ...).
 
     Returns:
@@ -80,8 +80,8 @@ def _kept(model: nn.Module, bare: nn.Module, layers: int, keep: Tensor | Sequenc
         policy, budget = model.dynplan.policy, model.dynplan.budget
     if type(policy) not in _ONE_PATH or getattr(policy, "kept", torch.empty(0)).dim() > 1:
         raise NotImplementedError(
-            f"export_onnx: expected one path for all samples, got {policy!r}; give keep, bool ({layers},), or "
-            "use torch.export, which holds per-sample paths"
+            f"export_onnx: expected one path for all samples, got {policy!r}; give keep, bool ({layers},), "
+            "or use torch.export, which holds per-sample paths"
         )
     nothing = torch.empty(0, 0)
     offsets = torch.tensor([0, 1], dtype=torch.int32)

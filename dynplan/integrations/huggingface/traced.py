@@ -272,8 +272,8 @@ def _read(handle: str) -> tuple:
         why_not += ", which a program cannot hold; call dynplan.unswap(model)"
     if torch.onnx.is_in_onnx_export():  # Dynamo takes it for False
         why_not = (
-            "ONNX has no op for per-sample paths; dynplan.export_onnx(model, path, keep) exports the original "
-            "with the layers of one path"
+            "ONNX has no op for per-sample paths; dynplan.export_onnx(model, path, keep) exports the "
+            "original with the layers of one path"
         )
     state = EncoderState(forward.model, forward.family, None, traced=True)
     reading = state.reading
@@ -295,8 +295,8 @@ def _recorded_plan(
         )
     if type(policy) is PlannerPolicy and (torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing()):
         raise NotImplementedError(
-            "dynplan: expected torch.export with strict=False for a planner, which is no module of the model, "
-            "got " + ("torch.jit.trace" if torch.jit.is_tracing() else "strict=True")
+            "dynplan: expected torch.export with strict=False for a planner, which is no module of the "
+            "model, got " + ("torch.jit.trace" if torch.jit.is_tracing() else "strict=True")
         )
     if controller.gates is not None:
         raise NotImplementedError("dynplan: expected no gates while a program is recorded, got some")
