@@ -7,14 +7,16 @@ from dynplan import _library, nn, ops, policies
 
 if TYPE_CHECKING:
     from dynplan.integrations.huggingface.cuda_graph import capture
+    from dynplan.integrations.huggingface.onnx import export_onnx
     from dynplan.integrations.huggingface.swap import from_pretrained, swap, unswap
 
 __version__ = _library.build_info()["version"]
-__all__ = ["capture", "from_pretrained", "nn", "ops", "policies", "swap", "unswap"]
+__all__ = ["capture", "export_onnx", "from_pretrained", "nn", "ops", "policies", "swap", "unswap"]
 
 # Loaded on first use: transformers takes longer to import than all of dynplan.
 _LAZY = {
     "capture": "dynplan.integrations.huggingface.cuda_graph",
+    "export_onnx": "dynplan.integrations.huggingface.onnx",
     "from_pretrained": "dynplan.integrations.huggingface.swap",
     "swap": "dynplan.integrations.huggingface.swap",
     "unswap": "dynplan.integrations.huggingface.swap",

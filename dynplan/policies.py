@@ -144,7 +144,8 @@ class FixedPath(Policy):
 
     def plan(self, request: PlanRequest) -> Tensor:
         shape = (request.batch_size, request.num_layers)
-        if self.kept.shape not in (shape, shape[1:]):
+        # Size by size: traced sizes that are compared with others become constants.
+        if any(is_ != wanted for is_, wanted in zip(self.kept.shape[::-1], shape[::-1], strict=False)):
             got = tuple(self.kept.shape)
             raise ValueError(f"FixedPath: expected keep of shape {shape[1:]} or {shape}, got {got}")
         return self.kept.to(request.device, non_blocking=True).expand(shape).contiguous()

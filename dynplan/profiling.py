@@ -42,7 +42,7 @@ GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings",
 _ENCODER_OPS = ("encode_tokens", "conditional_encoder", "conditional_encoder_layer")
 _DISPATCH_OPS = ("pack", "build_dispatch", "unpack")
 # Methods of the forward.
-_METHODS = ("_embed", "_output")
+_METHODS = ("embed", "_output")
 # Where the forward looks the others up.
 _PLACES = {
     fast_path: ("encode_tokens", "plan_upfront"),
@@ -133,7 +133,7 @@ def profile_forward(model: nn.Module, inputs: Mapping[str, Tensor], rounds: int 
 
 def _parts(total: float, spent: Mapping[str, float], phases: Sequence[float]) -> list[Part]:
     encoder = sum(spent.get(op, 0.0) for op in _ENCODER_OPS)
-    parts = [Part("embeddings, op by op", "embeddings", spent.get("_embed", 0.0))]
+    parts = [Part("embeddings, op by op", "embeddings", spent.get("embed", 0.0))]
     plan = spent.get("plan_upfront", 0.0) + spent.get("keep_stepwise", 0.0)
     parts.append(Part("policy's plan", "dispatch", plan))
     parts += [Part(op, "dispatch", spent.get(op, 0.0)) for op in _DISPATCH_OPS]

@@ -35,7 +35,7 @@ def pool(hidden: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
     Returns:
         ``(B, H)``; zeros for a sample without rows.
     """
-    if hidden.device.type == "cpu":
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         # Three to ten times faster than segment_reduce here. embedding_bag would be no slower, but with rows
         # beyond the last offset it writes out of bounds (torch 2.13).
         lengths = cu_seqlens.diff().tolist()

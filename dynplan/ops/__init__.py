@@ -13,6 +13,7 @@ from dynplan.ops.conditional_encoder_layer import (
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.encode_tokens import encode_tokens
 from dynplan.ops.pack import Packed, pack, unpack
+from dynplan.ops.planned_encoder import planned_encoder
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 from dynplan.ops.region_cross_entropy import RegionStats, region_cross_entropy, region_cross_entropy_stats
 from dynplan.ops.region_cross_entropy_upsampled import region_cross_entropy_upsampled
@@ -32,6 +33,7 @@ __all__ = [
     "pack",
     "pack_encoder_weights",
     "pack_reduced_encoder_weights",
+    "planned_encoder",
     "region_cross_entropy",
     "region_cross_entropy_stats",
     "region_cross_entropy_upsampled",

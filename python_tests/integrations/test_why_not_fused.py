@@ -43,7 +43,10 @@ REASONS = {
         lambda model: setattr(model.bert.encoder.layer[2].output, "dense", nn.Sequential(nn.Linear(64, 32))),
         "layer 2: output.dense: expected Linear",
     ),
-    "dropout": (lambda model: model.bert.encoder.layer[0].output.dropout.train(), "output.dropout is in train"),
+    "dropout": (
+        lambda model: model.bert.encoder.layer[0].output.dropout.train(),
+        "output.dropout is in train",
+    ),
     "double": (lambda model: model.double(), "weights are torch.float64"),
     "pooler": (lambda model: setattr(model.bert, "pooler", Mean()), "the pooler may read padding"),
 }

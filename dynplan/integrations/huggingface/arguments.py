@@ -23,7 +23,7 @@ def check_options(
         TypeError: more positional arguments than :data:`_POSITIONAL`.
         NotImplementedError: any other argument, with the reason.
     """
-    if rest:
+    if any(value is not None for value in rest):
         raise TypeError(
             f"dynplan: expected arguments after {_POSITIONAL} by keyword, got {len(rest)} by position"
         )
@@ -45,35 +45,27 @@ def check_options(
 
 def check_mask(mask: Tensor, batch_size: int, length: int) -> Tensor:
     """The mask as integers or bools ``(B, S)``; one row for all samples is repeated."""
-    expected = f"expected attention_mask of shape (B, S) = ({batch_size}, {length})"
+    # Neither formatted nor compared as a whole unless wrong: Dynamo would take sizes for constants.
     if mask.dim() != 2:
         raise NotImplementedError(
-            f"dynplan: {expected}, got {tuple(mask.shape)}; a mask per query or head cannot be packed"
+            f"dynplan: expected attention_mask of shape (B, S) = ({batch_size}, {length}), got "
+            f"{tuple(mask.shape)}; a mask per query or head cannot be packed"
         )
-    if mask.shape == (1, length):
+    if mask.shape[0] == 1 and batch_size != 1 and mask.shape[1] == length:
         mask = mask.expand(batch_size, length)
-    if mask.shape != (batch_size, length):
-        raise ValueError(f"dynplan: {expected}, got {tuple(mask.shape)}")
+    if mask.shape[0] != batch_size or mask.shape[1] != length:
+        raise ValueError(
+            f"dynplan: expected attention_mask of shape (B, S) = ({batch_size}, {length}), got "
+            f"{tuple(mask.shape)}"
+        )
     if mask.is_floating_point():
         whole = mask.to(torch.int32)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return whole.masked_fill(whole.to(mask.dtype) != mask, 2)  # which pack refuses when it runs
         if mask.device.type == "cpu" and not torch.equal(whole.to(mask.dtype), mask):
             raise ValueError("dynplan: expected attention_mask of 0 and 1, got other values")
         mask = whole
     return mask
-
-
-def check_first(mask: Tensor) -> None:
-    """The first position is read as a sample's summary; packed, there is nothing there but tokens."""
-    first = mask.select(1, 0) if mask.shape[1] else mask.any(1)
-    if mask.device.type != "cpu":
-        torch._assert_async((first.bool() | ~mask.any(1)).all())
-    elif not first.all():
-        wrong = (~first.bool() & mask.any(1)).nonzero().flatten()
-        if wrong.numel():
-            raise NotImplementedError(
-                "dynplan: expected attention_mask to keep the first token of every sample, since this "
-                f"model reads its summary there, got padding in sample {int(wrong[0])}; pad on the right"
-            )
 
 
 def explain(

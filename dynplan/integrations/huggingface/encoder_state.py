@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from dynplan.integrations.huggingface.families import Family, activation_of
+from dynplan.integrations.huggingface.families import Family, LayerParts, activation_of
 from dynplan.integrations.huggingface.snapshot import (
     ModuleSnapshot,
     has_backward_hooks,
@@ -29,6 +31,9 @@ _REFUSED = {
 _ELEMENTWISE = ("torch.nn.modules.activation", "transformers.activations")
 # Adapters that treat each token by itself, so that packed rows will do.
 _ADAPTERS = ("peft.tuners.lora", "peft.tuners.ia3", "peft.tuners.adalora")
+
+# Tensors that stand for plain ones while a program is recorded.
+_RECORDED = (FakeTensor, FunctionalTensor)
 
 
 class Differs(Exception):
@@ -57,6 +62,7 @@ class EncoderState:
         model: the bare model.
         family: of it.
         weights: "int8" or "bfloat16": the type that products run in; None: the weights' own.
+        traced: whether the tensors hold nothing just now: then no contents are looked at.
 
     Attributes:
         layers: the present ones.
@@ -66,7 +72,7 @@ class EncoderState:
         why_refused: why no forward at all would be right.
     """
 
-    def __init__(self, model: nn.Module, family: Family, weights: str | None) -> None:
+    def __init__(self, model: nn.Module, family: Family, weights: str | None, traced: bool = False) -> None:
         self.layers = list(family.layers_of(model))
         self.stack = getattr(model, family.stack[0])
         embeddings = getattr(model, family.embeddings)
@@ -86,7 +92,7 @@ class EncoderState:
         # Before anything is read: what another thread writes meanwhile shall be seen.
         self._modules = ModuleSnapshot(parts, [*settings, *registered])
         tensors = [parameter for layer in self.layers for parameter in layer.parameters()]
-        self._tensors = Watched([*tensors, *embeddings.buffers()])
+        self._tensors = None if traced else Watched([*tensors, *embeddings.buffers()])
         self._weights = weights
         self._packed: list[Tensor] | None = None
 
@@ -98,7 +104,8 @@ class EncoderState:
             self.why_not_fused = _reason(self._read_layers, family)
         self.projection = getattr(model, family.projection or "", None)
         self.embeddings: tuple | None = None
-        _reason(self._read_embeddings, embeddings, family)
+        if not traced:
+            _reason(self._read_embeddings, embeddings, family)
 
     def holds(self) -> bool:
         """Whether the model is as it was read."""
@@ -244,6 +251,13 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         raise Differs(f"activation is {type(activation).__name__}, which may look at more than one number")
 
 
+def layer_tensors(layer: nn.Module, parts: LayerParts) -> tuple[Tensor, ...]:
+    """A layer's weights and biases, in the order of :attr:`LayerReading.tensors`."""
+    paths = (*parts.linears[:4], parts.norms[0], *parts.linears[4:], parts.norms[1])
+    modules = [_find(layer, path) for path in paths]
+    return tuple(tensor for module in modules for tensor in (module.weight, module.bias))
+
+
 def _read_layer(layer: nn.Module, family: Family) -> LayerReading:
     """The layer as the kernels take it.
 
@@ -267,9 +281,8 @@ def _read_layer(layer: nn.Module, family: Family) -> LayerReading:
     heads, rest = divmod(linears[0].out_features, attention.attention_head_size)
     if rest or linears[0].out_features != linears[3].out_features:
         raise Differs("attention is narrower or wider than the layer")
-    order = (*linears[:4], norms[0], *linears[4:], norms[1])
-    tensors = tuple(tensor for module in order for tensor in (module.weight, module.bias))
-    if not all(map(is_plain, tensors)):
+    tensors = layer_tensors(layer, parts)
+    if not all(is_plain(tensor) or type(tensor) in _RECORDED for tensor in tensors):
         raise Differs("a weight or bias is missing or a tensor of another kind")
     if not tensors[0].is_floating_point() or tensors[0].dtype == torch.float64:
         raise Differs(f"weights are {tensors[0].dtype}")

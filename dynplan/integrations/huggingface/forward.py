@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from dataclasses import fields
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 
 from dynplan.integrations.huggingface import traced
-from dynplan.integrations.huggingface.arguments import check_first, check_mask, check_options, explain
+from dynplan.integrations.huggingface.arguments import check_mask, check_options, explain
 from dynplan.integrations.huggingface.controller import Controller
 from dynplan.integrations.huggingface.eager import run_packed, run_padded
 from dynplan.integrations.huggingface.encoder_state import EncoderState
@@ -25,8 +26,9 @@ from dynplan.integrations.huggingface.families import Family
 from dynplan.integrations.huggingface.fast_path import run_fast
 from dynplan.integrations.huggingface.fused import run_fused
 from dynplan.integrations.huggingface.plans import Decisions, Gates
-from dynplan.ops import Packed, pack, unpack
+from dynplan.ops import Packed, unpack
 from dynplan.ops.embed_tokens import embed_tokens
+from dynplan.ops.planned_encoder import check_first, pack_padded
 from dynplan.policies import PlanRequest
 
 
@@ -47,12 +49,22 @@ class SwappedForward:
         self.family = family
         self.controller = controller
         self.reads_first = reads_first
+        self.handle = traced.register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies are found by a handle of their own.
+        self.__dict__.update(state, handle=traced.register(self))
 
     @property
     def __signature__(self) -> inspect.Signature:
         # Trainer and others choose the columns of a data set by the forward's signature.
         signature = inspect.signature(type(self.model).forward)
         return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @property
+    def __code__(self) -> CodeType:
+        # torch.export wants to know where a forward is written.
+        return SwappedForward.__call__.__code__
 
     def __call__(
         self,
@@ -148,9 +160,9 @@ class SwappedForward:
         input_ids, attention_mask, *_ = inputs
         controller, family = self.controller, self.family
         padded = reason is not None and state.why_not_packed is not None
-        embedded, packed, attention_mask = self._embed(state, inputs, collect or padded, reason)
+        embedded, packed, attention_mask = self.embed(state, inputs, collect or padded, reason)
         batch_size, length = (embedded if input_ids is None else input_ids).shape[:2]
-        hidden, indices, cu_seqlens = _pack(embedded, attention_mask) if packed is None else packed
+        hidden, indices, cu_seqlens = pack_padded(embedded, attention_mask) if packed is None else packed
         # A GPU's packed rows are always as many as positions; only the device knows how many are tokens.
         if hidden.is_cpu and hidden.shape[0] == batch_size * length:
             indices = None
@@ -178,8 +190,8 @@ class SwappedForward:
         last = restore(last)
         return last, None if states is None else (embedded, *map(restore, states[1:-1]), last), plan
 
-    def _embed(
-        self, state: EncoderState, inputs: tuple[Tensor | None, ...], whole: bool, reason: str | None
+    def embed(
+        self, state: EncoderState | None, inputs: tuple[Tensor | None, ...], whole: bool, reason: str | None
     ) -> tuple[Tensor | None, Packed | None, Tensor | None]:
         """Embeddings of every position, or packed ones of the tokens; the mask, checked."""
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = inputs
@@ -190,7 +202,7 @@ class SwappedForward:
             batch_size, length = (inputs_embeds if input_ids is None else input_ids).shape[:2]
             if attention_mask is not None:
                 attention_mask = check_mask(attention_mask, batch_size, length)
-            if token_type_ids is not None and token_type_ids.shape == (1, length) and batch_size != 1:
+            if token_type_ids is not None and token_type_ids.shape[0] == 1 and batch_size != 1:
                 token_type_ids = token_type_ids.expand(batch_size, length)
             alone = position_ids is None and inputs_embeds is None
             if reason is None and alone and state.embeddings is not None:
@@ -226,14 +238,6 @@ class SwappedForward:
         return output if return_dict else output.to_tuple()
 
 
-def _pack(embedded: Tensor, attention_mask: Tensor | None) -> Packed:
-    if attention_mask is not None:
-        return pack(embedded, attention_mask)
-    batch_size, length = embedded.shape[:2]
-    steps = torch.arange(batch_size + 1, dtype=torch.int32, device=embedded.device)
-    return Packed(embedded.flatten(0, 1), None, steps * length)
-
-
 def _fill(
     kind: type[ModelOutput], last: Tensor, pooled: Tensor | None, states: tuple[Tensor, ...] | None
 ) -> ModelOutput:
@@ -263,6 +267,8 @@ _FIELDS = {
 
 def _setting(config: PretrainedConfig, name: str) -> Any:
     """``getattr(config, name)``, past the configuration's own attribute look-up where that is possible."""
+    if torch.compiler.is_compiling():
+        return getattr(config, name)
     own = object.__getattribute__(config, "__dict__")
     for key in (name, f"_{name}"):
         if key in own:

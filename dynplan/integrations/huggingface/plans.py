@@ -16,7 +16,7 @@ Gates = Tensor | Callable[..., Tensor]
 
 def plan_upfront(policy: Policy, request: PlanRequest) -> Tensor:
     """The policy's plan, checked."""
-    _check_budget_is_heard(policy, request)
+    check_budget_is_heard(policy, request)
     with _no_grad():
         plan = policy.plan(request)
     _check_decision(policy, "plan", plan, (request.batch_size, request.num_layers), request.device)
@@ -26,7 +26,7 @@ def plan_upfront(policy: Policy, request: PlanRequest) -> Tensor:
 def keep_stepwise(policy: Policy, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> Tensor:
     """The policy's decision for one layer, checked."""
     if layer == 0:
-        _check_budget_is_heard(policy, request)
+        check_budget_is_heard(policy, request)
     with _no_grad():
         keep = policy.keep(layer, request, hidden, plan)
     _check_decision(policy, "keep", keep, (request.batch_size,), request.device)
@@ -105,7 +105,8 @@ def _check_gates(gates: Any, request: PlanRequest, steps: bool = False) -> Tenso
     return gates
 
 
-def _check_budget_is_heard(policy: Policy, request: PlanRequest) -> None:
+def check_budget_is_heard(policy: Policy, request: PlanRequest) -> None:
+    """Raises where a budget is set that the policy knows nothing of."""
     if request.budget is not None and request.budget < 1 and not policy.takes_budget:
         raise ValueError(
             f"dynplan: expected a policy that takes a budget at budget {request.budget}, "

@@ -33,7 +33,7 @@ class ModuleSnapshot:
 
     Seen is another class or forward, a hook or none, another child, parameter or buffer, another attribute
     that a forward reads, and any attribute more or less. Contents of tensors are a ``WeightWatch``'s,
-    see :class:`~dynplan.ops.packed_weights.PackedWeights`.
+    see :class:`~dynplan.ops.packed_weights.Watched`.
 
     Args:
         modules: those that the kernels stand for.

@@ -46,7 +46,7 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         ValueError: the model is swapped already; ``weights`` is unknown or not for the model's device or
             dtype.
     """
-    bare, family, suffix = _find_encoder("swap", model)
+    bare, family, suffix = find_encoder("swap", model)
     if isinstance(vars(bare).get("forward"), SwappedForward):
         raise ValueError(
             "swap: expected a model that is not swapped, got one that is; "
@@ -76,7 +76,7 @@ def unswap(model: nn.Module) -> nn.Module:
         TypeError: an unknown model type or class.
         ValueError: the model is not swapped, or another library has wrapped its forward since.
     """
-    bare, _, _ = _find_encoder("unswap", model)
+    bare, _, _ = find_encoder("unswap", model)
     if "dynplan" not in vars(model):
         inside = " though its encoder is" if isinstance(vars(bare).get("forward"), SwappedForward) else ""
         raise ValueError(f"unswap: expected the model that was swapped, got one that was not{inside}")
@@ -164,7 +164,7 @@ def _check_fit(model: nn.Module, folder: str | os.PathLike) -> None:
             )
 
 
-def _find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]:
+def find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]:
     """The bare encoder, its family and the suffix of the model's class."""
     found = find_family(model)
     if found is None:
