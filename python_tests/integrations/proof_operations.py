@@ -280,6 +280,10 @@ def a_name(pair: Pair) -> str:
     return pair.random.choice(names)
 
 
+def named(side: Side, name: str) -> nn.Parameter:
+    return dict(side.model.named_parameters())[name]
+
+
 def write_data(p, f):
     p.data.mul_(f)
 
@@ -318,10 +322,10 @@ WRITES = (write_data, write_copy, write_assigned, write_numpy, write_set, write_
 def write(pair: Pair) -> None:
     name, how = a_name(pair), pair.random.choice(WRITES)
     factor = pair.random.choice((0.8, 0.9, 1.1, 1.25))
-    dtype = pair.twin.model.get_parameter(name).dtype
+    dtype = named(pair.twin, name).dtype
     if dtype == torch.bfloat16:  # NumPy has no such type
         how = write_data
-    pair.both(f"{how.__name__} {name} by {factor}", lambda side: how(side.model.get_parameter(name), factor))
+    pair.both(f"{how.__name__} {name} by {factor}", lambda side: how(named(side, name), factor))
 
 
 @operation("writes", 2)
@@ -340,7 +344,7 @@ def one_element_then_refresh(pair: Pair) -> None:
     name = a_name(pair)
 
     def action(side: Side):
-        side.model.get_parameter(name).data.view(-1)[0] += 0.5
+        named(side, name).data.view(-1)[0] += 0.5
         if side.controller is not None:
             side.controller.refresh()
 

@@ -31,7 +31,7 @@ ACCEPTED = {
     "hash of embeddings": r"HashPath: expected input_ids, got inputs_embeds",
     "plan of another shape": r"FixedPath: expected keep of shape",
     "layers that are not there": r"StaticPath: expected layers 0\.\.",
-    "code of one's own": r"^(dynplan|swap): .*(own|hook|class|forward|replaced|attention|layer).*",
+    "code of one's own": r"^(dynplan|swap): .*\b(own|hooks?|class|classes|replaced|patched)\b",
 }
 _REFUSED = (RuntimeError, NotImplementedError, TypeError, ValueError)
 

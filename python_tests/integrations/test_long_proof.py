@@ -9,7 +9,7 @@ from integrations.proof_pair import Counts
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_sequence(seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
