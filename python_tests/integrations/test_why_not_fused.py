@@ -32,6 +32,20 @@ def test_nothing_to_tell():
         assert model.dynplan.why_not_fused is None
 
 
+def test_hooks_of_transformers_sleep():
+    model = tiny(task="Model")
+    with torch.no_grad():
+        theirs = model(**batch(), output_hidden_states=True).last_hidden_state
+    assert model.encoder.layer[0]._forward_hooks
+    dynplan.swap(model)
+    assert not ask(model) and model.dynplan.why_not_fused is None
+    with torch.no_grad():
+        ours = model(**batch(), output_hidden_states=True)
+    assert len(ours.hidden_states) == 5
+    real = batch()["attention_mask"].bool()
+    torch.testing.assert_close(ours.last_hidden_state[real], theirs[real], rtol=1e-4, atol=1e-4)
+
+
 class Mean(nn.Module):
     def forward(self, hidden):
         return hidden.mean(1)

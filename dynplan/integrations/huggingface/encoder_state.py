@@ -15,6 +15,7 @@ from dynplan.integrations.huggingface.snapshot import (
     ModuleSnapshot,
     has_backward_hooks,
     has_global_hooks,
+    has_hooks,
     own_forward,
 )
 from dynplan.ops.packed_weights import Watched, is_plain, pack_layer
@@ -237,7 +238,7 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         module = _find(layer, path)
         if not type(module).__module__.startswith(_ADAPTERS):
             _expect(module, nn.Linear, path)
-        elif any(part._forward_hooks or part._forward_pre_hooks for part in module.modules()):
+        elif any(map(has_hooks, module.modules())):
             raise Differs(f"{path}: its adapter has a hook")
     for path in parts.norms:
         _expect(_find(layer, path), nn.LayerNorm, path)

@@ -83,8 +83,15 @@ def own_forward(module: object, kind: type | None, hooked: bool = False) -> bool
         "forward" not in vars(module)
         and vars(module).keys().isdisjoint(methods)
         and all(method.__module__ == kind.__module__ for method in methods.values())
-        and (hooked or not (module._forward_hooks or module._forward_pre_hooks))
+        and (hooked or not has_hooks(module))
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook hangs on the calls of ``module``, those aside that transformers leaves there after a
+    forward with ``output_hidden_states``: they sleep until its own forward wakes them."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def has_global_hooks() -> bool:
