@@ -40,14 +40,14 @@ PHASES = {
 }
 GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings", "output", "Python")
 _ENCODER_OPS = ("encode_tokens", "conditional_encoder", "conditional_encoder_layer")
-_DISPATCH_OPS = ("pack", "build_dispatch", "unpack")
+_DISPATCH_OPS = ("pack_padded", "build_dispatch", "unpack")
 # Methods of the forward.
 _METHODS = ("embed", "_output")
 # Where the forward looks the others up.
 _PLACES = {
     fast_path: ("encode_tokens", "plan_upfront"),
     fused: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "keep_stepwise"),
-    forward: ("pack", "unpack"),
+    forward: ("pack_padded", "unpack"),
 }
 
 
@@ -141,8 +141,9 @@ def _parts(total: float, spent: Mapping[str, float], phases: Sequence[float]) ->
     # Threads that have finished before the others, and what the op does before and after its phases.
     parts.append(Part("waiting for threads, op's start and end", "waiting", max(0.0, encoder - sum(phases))))
     parts.append(Part("pooler and output", "output", spent.get("_output", 0.0)))
+    parts.append(Part("whether the model is as it was", "Python", spent.get("state", 0.0)))
     rest = total - sum(part.seconds for part in parts)
-    parts.append(Part("Python, framework, weights' check", "Python", max(0.0, rest)))
+    parts.append(Part("Python, framework", "Python", max(0.0, rest)))
     return parts
 
 
@@ -155,7 +156,7 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
     swapped = next(vars(module)["forward"] for module in model.modules() if "forward" in vars(module))
     places = [(place, name) for place, names in _PLACES.items() for name in names]
-    places += [(swapped, name) for name in _METHODS]
+    places += [(swapped, name) for name in _METHODS] + [(swapped.controller, "state")]
     originals = [getattr(place, name) for place, name in places]
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -176,6 +177,7 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
             setattr(place, name, original)
         for name in _METHODS:
             delattr(swapped, name)
+        del swapped.controller.state
 
 
 def bench_profile(
