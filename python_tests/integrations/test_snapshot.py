@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from dynplan._C import dicts_are, entries_are, sizes_are, types_are
 from helpers import assert_close_to_exact
 from integrations.models import KINDS, encoder_of, tiny
@@ -156,3 +157,38 @@ def test_embeddings_as_read(kind):
     assert model.dynplan.state().embeddings[5] == 1.0
     module.token_type_ids.fill_(1)
     assert model.dynplan.state().embeddings is None
+
+
+def _linear_hook(module, grad_input, grad_output):
+    module.seen = True
+
+
+def test_a_backward_hook_is_called_from_the_first_backward_on():
+    model = dynplan.swap(tiny())
+    with torch.no_grad():
+        model(torch.full((1, 3), 5))
+    layer = encoder_of(model).encoder.layer[1]
+    layer.register_full_backward_hook(_linear_hook)
+    model(torch.full((1, 3), 5)).logits.sum().backward()
+    assert layer.seen
+
+
+@pytest.mark.parametrize("name", ["apply_chunking_to_forward", "eager_attention_forward"])
+@torch.no_grad()
+def test_functions_of_the_code_of_a_family(name, monkeypatch):
+    model, twin = tiny(), tiny()
+    for one in (model, twin):
+        one.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 6, 7]])
+    dynplan.swap(model)(ids)
+
+    def doubled(*arguments, **options):
+        result = original(*arguments, **options)
+        return (2 * result[0], result[1]) if isinstance(result, tuple) else 2 * result
+
+    original = getattr(transformers.models.bert.modeling_bert, name)
+    before = twin(ids).logits
+    monkeypatch.setattr(transformers.models.bert.modeling_bert, name, doubled)
+    theirs = twin(ids).logits
+    assert not torch.allclose(theirs, before)
+    torch.testing.assert_close(model(ids).logits, theirs, rtol=1e-4, atol=1e-4)

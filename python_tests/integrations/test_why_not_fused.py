@@ -62,7 +62,7 @@ REASONS = {
         "output.dropout is in train",
     ),
     "double": (lambda model: model.double(), "weights are torch.float64"),
-    "pooler": (lambda model: setattr(model.bert, "pooler", Mean()), "the pooler may read padding"),
+    "pooler": (lambda model: setattr(model.bert, "pooler", Mean()), "the pooler: expected BertPooler"),
 }
 
 

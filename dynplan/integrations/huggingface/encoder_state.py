@@ -78,7 +78,9 @@ class EncoderState:
         self.stack = getattr(model, family.stack[0])
         embeddings = getattr(model, family.embeddings)
         parts = [model, self.stack, getattr(self.stack, family.layers)]
-        for root in (embeddings, *self.layers, getattr(model, family.projection or "", None)):
+        self.projection = getattr(model, family.projection or "", None)
+        self.pooler = getattr(model, "pooler", None)
+        for root in (embeddings, *self.layers, self.projection, self.pooler):
             parts += [] if root is None else root.modules()
         configs = [config for part in parts if (config := getattr(part, "config", None)) is not None]
         configs = {id(config): config for config in configs}
@@ -91,19 +93,19 @@ class EncoderState:
         tables = (AttentionInterface._global_mapping, ALL_ATTENTION_FUNCTIONS._local_mapping)
         registered = [(table, name) for table in tables for name in names if name]
         # Before anything is read: what another thread writes meanwhile shall be seen.
-        self._modules = ModuleSnapshot(parts, [*settings, *registered])
+        functions = [(vars(family.code), name) for name in family.parts.functions]
+        self._modules = ModuleSnapshot(parts, [*settings, *registered, *functions])
         tensors = [parameter for layer in self.layers for parameter in layer.parameters()]
         self._tensors = None if traced else Watched([*tensors, *embeddings.buffers()])
         self._weights = weights
         self._packed: list[Tensor] | None = None
 
         self.why_refused = _reason(_check_model, model, family)
-        self.why_not_packed = _reason(self._check_packed, model, family, names)
+        self.why_not_packed = _reason(self._check_packed, family, names)
         self.why_not_fused = self.why_not_packed
         self.reading: LayerReading | None = None
         if self.why_not_packed is None:
             self.why_not_fused = _reason(self._read_layers, family)
-        self.projection = getattr(model, family.projection or "", None)
         self.embeddings: tuple | None = None
         if not traced:
             _reason(self._read_embeddings, embeddings, family)
@@ -119,7 +121,7 @@ class EncoderState:
             packed = self._packed = [pack_layer(tensors, self._weights) for tensors in self._layer_tensors]
         return packed
 
-    def _check_packed(self, model: nn.Module, family: Family, attention: set[str | None]) -> None:
+    def _check_packed(self, family: Family, attention: set[str | None]) -> None:
         if has_global_hooks():
             raise Differs("a hook hangs on all modules")
         for name in attention:
@@ -128,8 +130,11 @@ class EncoderState:
             if not own or name not in _ATTENTION:
                 raise Differs(f"attention is {name!r}, which the kernels do not know")
         _expect(self.stack, family.named(family.stack[1]), family.stack[0])
-        if not family.pooler_is_own(model):
-            raise Differs("the pooler may read padding")
+        if self.pooler is not None:  # another one may read padding
+            _expect(self.pooler, family.named("Pooler"), "the pooler")
+        for name in family.parts.functions:
+            if not getattr(family.code, name).__module__.startswith("transformers."):
+                raise Differs(f"{name} of {family.code.__name__} is not as transformers wrote it")
         for index, layer in enumerate(self.layers):
             try:
                 _check_layer(layer, family)

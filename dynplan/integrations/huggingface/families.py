@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class LayerParts:
         norms: after attention, after the feed-forward.
         activation: of the feed-forward.
         dropouts: of both residual branches.
+        functions: of the family's code, that its layers call.
         forward: ``(layer, rows, attend)``: the layer by its own modules on rows ``(N, H)``, where
             ``attend(query, key, value)`` is attention inside each sequence.
     """
@@ -52,6 +54,7 @@ class LayerParts:
     norms: tuple[str, str]
     activation: str
     dropouts: tuple[str, ...]
+    functions: tuple[str, ...]
     forward: Callable[[nn.Module, Tensor, Callable[..., Tensor]], Tensor]
 
 
@@ -103,6 +106,7 @@ BERT_LAYER = LayerParts(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     activation="intermediate.intermediate_act_fn",
     dropouts=("attention.output.dropout", "output.dropout"),
+    functions=("eager_attention_forward", "apply_chunking_to_forward"),
     forward=_post_norm,
 )
 
@@ -138,15 +142,14 @@ class Family:
         """Class name of the model without a head."""
         return f"{self.prefix}Model"
 
+    @property
+    def code(self) -> ModuleType:
+        """Where transformers has it."""
+        return importlib.import_module(f"transformers.models.{self.module}")
+
     def named(self, suffix: str) -> type | None:
         """The family's own class of that suffix."""
-        code = importlib.import_module(f"transformers.models.{self.module}")
-        return getattr(code, f"{self.prefix}{suffix}", None)
-
-    def pooler_is_own(self, model: nn.Module) -> bool:
-        """Whether a bare model's pooler, if it has one, reads the first position alone."""
-        pooler = getattr(model, "pooler", None)
-        return pooler is None or (type(pooler) is self.named("Pooler") and "forward" not in vars(pooler))
+        return getattr(self.code, f"{self.prefix}{suffix}", None)
 
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         """The layers of a bare model."""

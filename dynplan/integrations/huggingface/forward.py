@@ -131,6 +131,8 @@ class SwappedForward:
                 return done[0], None
         controller.tell(reason, warn=gates is None)  # those who set gates know
         if reason is not None and torch.is_grad_enabled():
+            controller.refresh()
+            state = controller.state()  # backward hooks are not watched
             controller.refresh()  # an optimizer step usually follows, and some keep no record
         last, states, plan = self._run_op_by_op(state, inputs, collect, gates, reason)
         controller.note(plan, reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from operator import attrgetter, is_
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -25,15 +24,14 @@ _NUMBERS = (
     "config",
 )
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
-_forward_of = attrgetter("forward")
 
 
 class ModuleSnapshot:
     """What modules were when they were looked at: never their own copy, only who and what they were.
 
-    Seen is another class or forward, a hook or none, another child, parameter or buffer, another attribute
-    that a forward reads, and any attribute more or less. Contents of tensors are a ``WeightWatch``'s,
-    see :class:`~dynplan.ops.packed_weights.Watched`.
+    Seen is another class, another method of it, a hook or none, another child, parameter or buffer, another
+    attribute that a forward reads, and any attribute more or less; contents of tensors are the business of
+    :class:`~dynplan.ops.packed_weights.Watched`.
 
     Args:
         modules: those that the kernels stand for.
@@ -44,8 +42,12 @@ class ModuleSnapshot:
         modules = tuple(modules)
         self._modules = modules
         self._types = tuple(map(type, modules))
-        self._classes = tuple(set(self._types))
-        self._forwards = tuple(map(_forward_of, self._classes))
+        self._methods = [
+            (table, name, method)
+            for table in map(vars, set(self._types))
+            for name, method in table.items()
+            if callable(method) and (name == "__call__" or name[0] != "_")
+        ]
         entries = list(entries)
         sized = [*_GLOBAL_HOOKS]
         for module in modules:
@@ -69,7 +71,7 @@ class ModuleSnapshot:
             types_are(self._modules, self._types)
             and sizes_are(self._sized, self._sizes)
             and entries_are(self._tables, self._names, self._values)
-            and all(map(is_, map(_forward_of, self._classes), self._forwards))
+            and all(table.get(name) is method for table, name, method in self._methods)
         )
 
 
