@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -280,23 +280,6 @@ class StaticPath(_BudgetPolicy):
                 )
             keep[:, layer] = True
         return leave_out_empty(keep, request.cu_seqlens)
-
-    @classmethod
-    def search(
-        cls,
-        model: nn.Module,
-        batches: Iterable[Mapping[str, Any]],
-        sizes: Iterable[int],
-        swaps: int = 20,
-        seed: int = 0,
-        progress: bool = True,
-        cost: Callable[[nn.Module, list[Mapping[str, Any]]], float] | None = None,
-    ) -> StaticPath:
-        """Find good fixed paths on training batches; see :func:`dynplan.search.search_static_paths`."""
-        # The search sets plans on the model, so it stands above this module.
-        from dynplan.search import search_static_paths
-
-        return cls(search_static_paths(model, batches, sizes, swaps, seed, progress, cost))
 
     def options(self) -> dict[str, Any]:
         # JSON keys are strings; the constructor turns them back.

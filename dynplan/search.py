@@ -1,4 +1,4 @@
-"""The short search behind :meth:`dynplan.policies.StaticPath.search`."""
+"""A short search for fixed paths that are good on training batches: the planner's baseline."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from dynplan.policies import FixedPath
+from dynplan.policies import FixedPath, StaticPath
 
 
-def search_static_paths(
+def search_static_path(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     sizes: Iterable[int],
@@ -21,7 +21,7 @@ def search_static_paths(
     seed: int = 0,
     progress: bool = True,
     cost: Callable[[nn.Module, list[Mapping[str, Any]]], float] | None = None,
-) -> dict[int, tuple[int, ...]]:
+) -> StaticPath:
     """Find a fixed path of each size with a low cost on training batches.
 
     Layers are left out one at a time, each time the one whose cost without it is lowest; then, for each size,
@@ -39,7 +39,7 @@ def search_static_paths(
             mean loss that the forward returns.
 
     Returns:
-        size -> its layers, ascending.
+        :class:`~dynplan.policies.StaticPath` of the best path of each size.
 
     Raises:
         TypeError: the model is not swapped.
@@ -47,14 +47,16 @@ def search_static_paths(
     """
     controller = getattr(model, "dynplan", None)
     if controller is None:
-        raise TypeError("StaticPath.search: expected model to be swapped (dynplan.swap), got one that is not")
+        raise TypeError(
+            "search_static_path: expected model to be swapped (dynplan.swap), got one that is not"
+        )
     count = controller.num_layers
     batches = list(batches)
     sizes = sorted(set(sizes))
     if not batches:
-        raise ValueError("StaticPath.search: expected at least one batch, got none")
+        raise ValueError("search_static_path: expected at least one batch, got none")
     if not sizes or sizes[0] < 1 or sizes[-1] > count:
-        raise ValueError(f"StaticPath.search: expected sizes within 1..{count}, got {sizes}")
+        raise ValueError(f"search_static_path: expected sizes within 1..{count}, got {sizes}")
 
     cost = cost or mean_loss
     costs: dict[tuple[int, ...], float] = {}
@@ -87,7 +89,7 @@ def search_static_paths(
         bar.close()
         controller.policy, controller.budget = policy, budget
         model.train(training)
-    return {size: best[size] for size in sizes}
+    return StaticPath({size: best[size] for size in sizes})
 
 
 def _without(path: tuple[int, ...], layer: int) -> tuple[int, ...]:
@@ -102,7 +104,7 @@ def mean_loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
         loss = getattr(model(**batch), "loss", None)
         if loss is None:
             raise ValueError(
-                "StaticPath.search: expected the forward to return a loss; do the batches hold labels?"
+                "search_static_path: expected the forward to return a loss; do the batches hold labels?"
             )
         size = len(next(iter(batch.values())))
         total += float(loss) * size

@@ -1,7 +1,7 @@
 // torch.classes.dynplan.WeightWatch(tensors).unchanged(): whether they are as they were when it was made.
 //
-// A tensor has changed if it counts another version, if its storage or its place in it is another, or if one
-// of a few of its elements is: fused optimizers, writes through `tensor.data` and those of other processes
+// A tensor has changed if it counts another version, if its storage, its place in it, its shape or its dtype is
+// another, or if one of a few of its elements is: fused optimizers, writes through `tensor.data` and those of other processes
 // count no version, but change nearly every element. Elements are looked at on the CPU only; elsewhere a look
 // would wait for the device.
 //
@@ -55,6 +55,7 @@ class WeightWatch : public torch::CustomClassHolder {
       // A tensor made under inference_mode counts no versions, and never will.
       const bool counts = !tensor.is_inference();
       seen_.push_back({impl, impl->unsafe_storage(), storage(impl)->data(), impl->storage_offset(),
+                       impl->dtype(), impl->sizes().vec(), impl->strides().vec(),
                        counts ? version(impl) : 0, counts, counter(impl)});
       if (tensor.is_cpu() && tensor.numel() > 0 && storage(impl)->data() != nullptr) sample(tensor);
     }
@@ -75,7 +76,8 @@ class WeightWatch : public torch::CustomClassHolder {
       const Seen& seen = seen_[i];
       same &= (!seen.counts || version(seen.impl) == seen.version) &&
               storage(seen.impl) == seen.storage.unsafeGetStorageImpl() && seen.storage.data() == seen.data &&
-              seen.impl->storage_offset() == seen.offset;
+              seen.impl->storage_offset() == seen.offset && seen.impl->dtype() == seen.dtype &&
+              seen.impl->sizes() == seen.sizes && seen.impl->strides() == seen.strides;
     }
     if (!same) return false;  // elements may lie in memory that is gone
     for (size_t i = 0; i < elements_.size(); ++i) {
@@ -91,6 +93,8 @@ class WeightWatch : public torch::CustomClassHolder {
     c10::Storage storage;
     const void* data;
     int64_t offset;
+    caffe2::TypeMeta dtype;
+    std::vector<int64_t> sizes, strides;
     uint32_t version;
     bool counts;
     const void* counter;  // where the version is counted: to be prefetched, never to be read
@@ -103,11 +107,14 @@ class WeightWatch : public torch::CustomClassHolder {
 
   // A few elements, spread over the tensor by the golden ratio, whatever its strides.
   void sample(const at::Tensor& tensor) {
-    const int64_t count = tensor.dim() > 1 ? 8 : 4;
+    // Integers are small tables, of positions or token types: all of them.
+    const bool table = !tensor.is_floating_point() && !tensor.is_complex() && tensor.numel() <= 4096;
+    const int64_t count = table ? tensor.numel() : tensor.dim() > 1 ? 8 : 4;
     const size_t bytes = std::min<size_t>(tensor.element_size(), sizeof(uint64_t));
     for (int64_t k = 0; k < count; ++k) {
       const double share = 0.5 + static_cast<double>(k) * 0.6180339887498949;
-      int64_t index = static_cast<int64_t>((share - static_cast<int64_t>(share)) * tensor.numel());
+      int64_t index =
+          table ? k : static_cast<int64_t>((share - static_cast<int64_t>(share)) * tensor.numel());
       int64_t place = 0;
       for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
         place += index % tensor.size(d) * tensor.stride(d);

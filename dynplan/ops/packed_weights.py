@@ -35,7 +35,8 @@ class Watched:
 
 def is_plain(tensor: object) -> bool:
     """Whether a tensor has its numbers where PyTorch's own kernels would look for them."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def pack_layer(tensors: Sequence[Tensor], dtype: str | None) -> Tensor:

@@ -22,7 +22,7 @@ from dynplan.ops.packed_weights import Watched, pack_layer
 
 _PER_LAYER = 16
 # Layers whose packed weights are kept, over all programs of the process.
-_MAX_LAYERS = 96
+_MAX_LAYERS = 48
 
 
 @custom_op("dynplan::planned_encoder", mutates_args=(), device_types=("cpu", "cuda"))
@@ -109,13 +109,13 @@ _turn = threading.Lock()
 
 def _kept(layers: list[list[Tensor]], dtype: str | None) -> list[Tensor]:
     """Packed weights of these tensors, kept; those that were asked for longest ago go."""
-    key = (dtype, *(tensor.data_ptr() for layer in layers for tensor in layer))
+    tensors = [tensor for layer in layers for tensor in layer]
+    key = (dtype, *((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors))
     with _turn:
         entry = _cache.pop(key, None)
         if entry is None or not entry[0].unchanged():
             # Before packing: what another thread writes meanwhile shall be seen.
-            watched = Watched([tensor for layer in layers for tensor in layer])
-            entry = watched, [pack_layer(layer, dtype) for layer in layers]
+            entry = Watched(tensors), [pack_layer(layer, dtype) for layer in layers]
         _cache[key] = entry
         while len(_cache) > 1 and sum(map(len, _cache)) > _PER_LAYER * _MAX_LAYERS:
             _cache.popitem(last=False)

@@ -20,6 +20,7 @@ from dynplan.errors import InputError, WriteError
 from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import PlannerPolicy, StaticPath
+from dynplan.search import search_static_path
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
 from dynplan.training.menu import candidate_paths, choose_menu
@@ -207,7 +208,7 @@ class _Run:
                 bar.update()
                 return -float(predict(model, batches, self.task).quality(self.task).mean())
 
-            static = StaticPath.search(
+            static = search_static_path(
                 model,
                 self._search_batches(),
                 sizes,

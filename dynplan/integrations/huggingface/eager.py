@@ -149,8 +149,8 @@ def run_padded(
             run.forward = loop
         elif collect or decide.taken() is None or not decide.plan.all():
             raise NotImplementedError(
-                f"dynplan: expected {kind.__name__}'s own forward under a plan that bypasses layers, "
-                f"got another of {type(state.stack).__name__}, whose loop over the layers cannot be planned"
+                f"dynplan: expected {family.prefix}{family.stack[1]}'s own forward under a plan that "
+                f"bypasses layers, got another of {type(state.stack).__name__}, whose loop cannot be planned"
             )
         else:
             run = state.stack

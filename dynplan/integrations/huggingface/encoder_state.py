@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynplan.integrations.huggingface.families import Family, LayerParts, activation_of
 from dynplan.integrations.huggingface.snapshot import (
     ModuleSnapshot,
     has_backward_hooks,
-    has_global_hooks,
-    has_hooks,
+    is_library_code,
     own_forward,
+    process_reason,
 )
 from dynplan.ops.packed_weights import Watched, is_plain, pack_layer
 
@@ -29,8 +30,20 @@ _REFUSED = {
     "add_cross_attention": "cross-attention is not planned",
     "is_causal": "a causal mask would make each token's work depend on its place",
 }
-_ELEMENTWISE = ("torch.nn.modules.activation", "transformers.activations")
+_ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.ELU,
+    nn.SELU,
+    nn.LeakyReLU,
+    nn.Mish,
+)
 # Adapters that treat each token by itself, so that packed rows will do.
+_ADAPTER_PARTS = (nn.Linear, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict)
 _ADAPTERS = ("peft.tuners.lora", "peft.tuners.ia3", "peft.tuners.adalora")
 
 # Tensors that stand for plain ones while a program is recorded.
@@ -90,7 +103,8 @@ class EncoderState:
             for name in ("_attn_implementation_internal", *_REFUSED)
         ]
         names = {config._attn_implementation for config in configs.values()}
-        tables = (AttentionInterface._global_mapping, ALL_ATTENTION_FUNCTIONS._local_mapping)
+        mappings = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
+        tables = [table for one in mappings for table in (one._global_mapping, one._local_mapping)]
         registered = [(table, name) for table in tables for name in names if name]
         # Before anything is read: what another thread writes meanwhile shall be seen.
         functions = [(vars(family.code), name) for name in family.parts.functions]
@@ -122,18 +136,18 @@ class EncoderState:
         return packed
 
     def _check_packed(self, family: Family, attention: set[str | None]) -> None:
-        if has_global_hooks():
-            raise Differs("a hook hangs on all modules")
+        if (reason := process_reason()) is not None:
+            raise Differs(reason)
         for name in attention:
-            function = ALL_ATTENTION_FUNCTIONS.get(name)
-            own = function is None or function.__module__.startswith("transformers.")
+            functions = (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name))
+            own = all(function is None or is_library_code(function) for function in functions)
             if not own or name not in _ATTENTION:
                 raise Differs(f"attention is {name!r}, which the kernels do not know")
         _expect(self.stack, family.named(family.stack[1]), family.stack[0])
         if self.pooler is not None:  # another one may read padding
             _expect(self.pooler, family.named("Pooler"), "the pooler")
         for name in family.parts.functions:
-            if not getattr(family.code, name).__module__.startswith("transformers."):
+            if not is_library_code(getattr(family.code, name)):
                 raise Differs(f"{name} of {family.code.__name__} is not as transformers wrote it")
         for index, layer in enumerate(self.layers):
             try:
@@ -159,6 +173,8 @@ class EncoderState:
     def _read_embeddings(self, module: nn.Module, family: Family) -> None:
         parts = family.embedding_parts
         _expect(module, family.named("Embeddings"), "embeddings")
+        if self.projection is not None:
+            _expect(self.projection, nn.Linear, "the projection of the embeddings")
         tables = [getattr(module, name) for name in (parts.word, parts.token_type, parts.position)]
         for table in tables:
             _expect(table, nn.Embedding, "embeddings")
@@ -179,7 +195,9 @@ class EncoderState:
             padding_idx = getattr(module, parts.padding_idx)
             if not isinstance(padding_idx, int):
                 raise Differs("positions count from no padding_idx")
-        elif not torch.equal(positions.cpu(), torch.arange(positions.shape[-1]).expand_as(positions)):
+        elif not torch.equal(
+            positions.cpu(), torch.arange(positions.shape[-1], device="cpu").expand_as(positions)
+        ):
             raise Differs("positions are not columns")
         if token_types is not None and token_types.any():
             raise Differs("token types of a forward without any are not zeros")
@@ -200,8 +218,8 @@ def _reason(check, *arguments) -> str | None:
 def _check_model(model: nn.Module, family: Family) -> None:
     """Raises where no forward of ours is the model's."""
     bare = family.named("Model")
-    if type(model).forward is not bare.forward or bare.forward.__module__ != bare.__module__:
-        raise Differs(f"expected {bare.__name__}'s own forward, got another of {type(model).__name__}")
+    if bare is None or type(model).forward is not bare.forward or not is_library_code(bare.forward):
+        raise Differs(f"expected {family.bare}'s own forward, got another of {type(model).__name__}")
     for name, reason in _REFUSED.items():
         if getattr(model.config, name, None):
             raise Differs(f"expected config.{name} to be False, got True; {reason}")
@@ -237,14 +255,14 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
     attention = _find(layer, parts.attention)
     if attention.scaling != attention.attention_head_size**-0.5:
         raise Differs(f"attention is scaled by {attention.scaling}")
-    if getattr(attention, "is_causal", False):
+    if getattr(attention, "is_causal", None) is not False:
         raise Differs("attention is causal")
     for path in parts.linears:
         module = _find(layer, path)
         if not type(module).__module__.startswith(_ADAPTERS):
             _expect(module, nn.Linear, path)
-        elif any(map(has_hooks, module.modules())):
-            raise Differs(f"{path}: its adapter has a hook")
+        elif not all(map(_is_part_of_adapter, module.modules())):
+            raise Differs(f"{path}: its adapter has a hook or a part that may look at more than one token")
     for path in parts.norms:
         _expect(_find(layer, path), nn.LayerNorm, path)
         if len(_find(layer, path).normalized_shape) != 1:
@@ -253,7 +271,7 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
         _expect(_find(layer, path), nn.Dropout, path)
     activation = _find(layer, parts.activation)
     _expect(activation, type(activation), parts.activation)
-    if not type(activation).__module__.startswith(_ELEMENTWISE):
+    if type(activation) not in _ELEMENTWISE and type(activation).__module__ != "transformers.activations":
         raise Differs(f"activation is {type(activation).__name__}, which may look at more than one number")
 
 
@@ -262,6 +280,11 @@ def layer_tensors(layer: nn.Module, parts: LayerParts) -> tuple[Tensor, ...]:
     paths = (*parts.linears[:4], parts.norms[0], *parts.linears[4:], parts.norms[1])
     modules = [_find(layer, path) for path in paths]
     return tuple(tensor for module in modules for tensor in (module.weight, module.bias))
+
+
+def _is_part_of_adapter(module: nn.Module) -> bool:
+    plain = type(module) in _ADAPTER_PARTS or type(module).__module__.startswith("peft.")
+    return plain and own_forward(module, type(module))
 
 
 def _read_layer(layer: nn.Module, family: Family) -> LayerReading:

@@ -148,8 +148,9 @@ class Family:
         return importlib.import_module(f"transformers.models.{self.module}")
 
     def named(self, suffix: str) -> type | None:
-        """The family's own class of that suffix."""
-        return getattr(self.code, f"{self.prefix}{suffix}", None)
+        """The family's own class of that suffix; None where somebody has put another one there."""
+        kind = getattr(self.code, f"{self.prefix}{suffix}", None)
+        return kind if getattr(kind, "__module__", None) == self.code.__name__ else None
 
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         """The layers of a bare model."""

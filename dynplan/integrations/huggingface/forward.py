@@ -26,10 +26,13 @@ from dynplan.integrations.huggingface.families import Family
 from dynplan.integrations.huggingface.fast_path import run_fast
 from dynplan.integrations.huggingface.fused import run_fused
 from dynplan.integrations.huggingface.plans import Decisions, Gates
+from dynplan.integrations.huggingface.snapshot import mode_reason
 from dynplan.ops import Packed, unpack
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.planned_encoder import check_first, pack_padded
 from dynplan.policies import PlanRequest
+
+_GRADIENTS = "gradients are recorded; wrap inference in torch.no_grad()"
 
 
 class SwappedForward:
@@ -41,19 +44,26 @@ class SwappedForward:
         model: the bare model (``BertModel`` and its like).
         family: of it.
         controller: steers it.
-        reads_first: whether a pooler or the head round it reads the state at position 0.
+        head_reads_first: whether the head round it reads the state at position 0.
     """
 
-    def __init__(self, model: nn.Module, family: Family, controller: Controller, reads_first: bool) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, controller: Controller, head_reads_first: bool
+    ) -> None:
         self.model = model
         self.family = family
         self.controller = controller
-        self.reads_first = reads_first
+        self.head_reads_first = head_reads_first
         self.handle = traced.register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies are found by a handle of their own.
         self.__dict__.update(state, handle=traced.register(self))
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether a pooler or the head reads the state at position 0."""
+        return self.head_reads_first or self.model._modules.get("pooler") is not None
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -134,7 +144,7 @@ class SwappedForward:
             controller.refresh()
             state = controller.state()  # backward hooks are not watched
             controller.refresh()  # an optimizer step usually follows, and some keep no record
-        last, states, plan = self._run_op_by_op(state, inputs, collect, gates, reason)
+        last, states, plan, reason = self._run_op_by_op(state, inputs, collect, gates, reason)
         controller.note(plan, reason)
         if last.requires_grad:
             last.register_hook(lambda _: controller.refresh())
@@ -142,12 +152,12 @@ class SwappedForward:
 
     def _why_not_fused(self, state: EncoderState, inputs_embeds: Tensor | None) -> str | None:
         """Why the kernels cannot do this forward; None: they can."""
-        if state.why_not_fused is not None:
-            return state.why_not_fused
+        if state.why_not_fused is not None or (mode := mode_reason()) is not None:
+            return state.why_not_fused or mode
         if torch.is_grad_enabled():
             given = inputs_embeds is not None and inputs_embeds.requires_grad
             if given or any(parameter.requires_grad for parameter in self.model.parameters()):
-                return "gradients are recorded; wrap inference in torch.no_grad()"
+                return _GRADIENTS
         return None
 
     def _run_op_by_op(
@@ -157,11 +167,12 @@ class SwappedForward:
         collect: bool,
         gates: Gates | None,
         reason: str | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor]:
-        """As :meth:`run`, and the plan; by the kernels where there is no ``reason`` against them."""
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor, str | None]:
+        """As :meth:`run`, and the plan; by the kernels where there is no ``reason`` against them, which comes
+        back, since embeddings may bring gradients along."""
         input_ids, attention_mask, *_ = inputs
         controller, family = self.controller, self.family
-        padded = reason is not None and state.why_not_packed is not None
+        padded = reason is not None and (state.why_not_packed is not None or mode_reason() is not None)
         embedded, packed, attention_mask = self.embed(state, inputs, collect or padded, reason)
         batch_size, length = (embedded if input_ids is None else input_ids).shape[:2]
         hidden, indices, cu_seqlens = pack_padded(embedded, attention_mask) if packed is None else packed
@@ -173,6 +184,9 @@ class SwappedForward:
         request = PlanRequest(
             batch_size, len(state.layers), hidden, cu_seqlens, controller.budget, input_ids, attention_mask
         )
+        if reason is None and hidden.requires_grad:
+            reason = _GRADIENTS
+            controller.tell(reason, warn=True)
         if reason is None:
             last, plan, states = run_fused(state, request, controller.policy, collect)
         else:
@@ -180,7 +194,7 @@ class SwappedForward:
             if padded:
                 config = self.model.config
                 last, states = run_padded(state, family, config, embedded, attention_mask, decide, collect)
-                return last, states, decide.plan
+                return last, states, decide.plan, reason
             last, states = run_packed(state, family, hidden, decide, collect)
             plan = decide.plan
 
@@ -190,7 +204,8 @@ class SwappedForward:
             return unpack(packed, indices, batch_size, length)
 
         last = restore(last)
-        return last, None if states is None else (embedded, *map(restore, states[1:-1]), last), plan
+        states = None if states is None else (embedded, *map(restore, states[1:-1]), last)
+        return last, states, plan, reason
 
     def embed(
         self, state: EncoderState | None, inputs: tuple[Tensor | None, ...], whole: bool, reason: str | None

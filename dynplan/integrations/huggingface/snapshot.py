@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from dynplan._C import entries_are, sizes_are, types_are
 
@@ -23,7 +28,17 @@ _NUMBERS = (
     "is_causal",
     "config",
 )
-_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+# What the modules that the kernels stand for call, as PyTorch has it.
+_FUNCTIONS = {
+    name: getattr(F, name)
+    for name in ("linear", "layer_norm", "embedding", "gelu", "relu", "silu", "scaled_dot_product_attention")
+}
 
 
 class ModuleSnapshot:
@@ -42,22 +57,23 @@ class ModuleSnapshot:
         modules = tuple(modules)
         self._modules = modules
         self._types = tuple(map(type, modules))
-        self._methods = [
-            (table, name, method)
-            for table in map(vars, set(self._types))
-            for name, method in table.items()
-            if callable(method) and (name == "__call__" or name[0] != "_")
-        ]
-        entries = list(entries)
+        kinds = set(self._types)
+        self._methods = [(vars(kind), name, method) for kind in kinds for name, method in methods_of(kind)]
+        self._calls = [(kind, kind.__call__) for kind in kinds]
+        entries = [*entries, *((vars(F), name) for name in _FUNCTIONS)]
         sized = [*_GLOBAL_HOOKS]
         for module in modules:
             own = vars(module)
             entries += [(own, name) for name in _NUMBERS if name in own]
+            entries.append((own, "forward"))
             if isinstance(module, nn.Dropout) or "attention_head_size" in own:
                 entries.append((own, "training"))
             for table in (own["_modules"], own["_parameters"], own["_buffers"]):
                 entries += [(table, name) for name in table]
-            sized += [own, own["_forward_hooks"], own["_forward_pre_hooks"]]
+            for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+                entries += [(hooks, key) for key in hooks]
+                sized.append(hooks)
+            sized.append(own)
             if isinstance(module, nn.ModuleList):
                 sized.append(own["_modules"])
         self._tables, self._names = zip(*entries, strict=True)
@@ -72,6 +88,7 @@ class ModuleSnapshot:
             and sizes_are(self._sized, self._sizes)
             and entries_are(self._tables, self._names, self._values)
             and all(table.get(name) is method for table, name, method in self._methods)
+            and all(kind.__call__ is call for kind, call in self._calls)
         )
 
 
@@ -80,13 +97,53 @@ def own_forward(module: object, kind: type | None, hooked: bool = False) -> bool
     hooks aside."""
     if type(module) is not kind or not isinstance(module, nn.Module):
         return False
-    methods = {name: value for name, value in vars(kind).items() if callable(value) and name[0] != "_"}
+    methods = dict(methods_of(kind))
     return (
         "forward" not in vars(module)
         and vars(module).keys().isdisjoint(methods)
-        and all(method.__module__ == kind.__module__ for method in methods.values())
+        and all(map(is_library_code, (*methods.values(), kind.__call__)))
         and (hooked or not has_hooks(module))
     )
+
+
+def methods_of(kind: type) -> Iterable[tuple[str, object]]:
+    """A class's own methods, public ones."""
+    return ((name, value) for name, value in vars(kind).items() if callable(value) and name[0] != "_")
+
+
+def is_library_code(function: object) -> bool:
+    """Whether a function is of PyTorch, transformers or PEFT, and so is all that it wraps.
+
+    ``functools.wraps`` gives a function the name and module of another, but not its globals.
+    """
+    function = getattr(function, "__func__", function)
+    while function is not None:
+        home = getattr(function, "__globals__", {}).get("__name__", function.__module__) or ""
+        if home.partition(".")[0] not in ("torch", "transformers", "peft", "functools"):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
+def process_reason() -> str | None:
+    """What in this process stands between the modules and what they usually compute; None: nothing."""
+    if any(_GLOBAL_HOOKS):
+        return "a hook hangs on all modules"
+    for name, function in _FUNCTIONS.items():
+        if getattr(F, name) is not function or not is_library_code(function):
+            return f"torch.nn.functional.{name} is not PyTorch's own"
+    return None
+
+
+def mode_reason() -> str | None:
+    """As :func:`process_reason`, for what comes and goes between two forwards; asked before each."""
+    if torch._C._len_torch_function_stack() and any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode gradients are recorded"
+    return None
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -94,11 +151,6 @@ def has_hooks(module: nn.Module) -> bool:
     forward with ``output_hidden_states``: they sleep until its own forward wakes them."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
-
-
-def has_global_hooks() -> bool:
-    """Whether a hook hangs on the calls of all modules there are."""
-    return any(_GLOBAL_HOOKS)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
