@@ -9,7 +9,7 @@ import torch
 from integrations.test_checkpoint import POLICIES
 from safetensors.torch import load, save, save_file
 
-from dynplan.integrations import checkpoint
+from dynplan import policy_files as checkpoint
 from dynplan.policies import PlanRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
