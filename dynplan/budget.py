@@ -144,7 +144,7 @@ def leave_out_empty(plan: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The plan, bool ``(B, L)``, without layers for samples that have no tokens: they have no work to do, and
     :func:`sample_cap` does not count them.
     """
-    lengths = cu_seqlens[1:] if len(plan) == 1 else cu_seqlens.diff()
+    lengths = cu_seqlens[1:] if plan.shape[0] == 1 else cu_seqlens.diff()
     return plan & (lengths > 0).unsqueeze(1)
 
 

@@ -117,7 +117,7 @@ def test_opcheck(batch_size, given):
     packed = [pack_encoder_weights(layer) for layer in weights]
     if not given:
         batch[1] = batch[2] = keep = None
-    torch.library.opcheck(OP, (*batch, *embeddings, keep, packed, HEADS, "gelu", 1e-6, False, None))
+    torch.library.opcheck(OP, (*batch, *embeddings, keep, packed, HEADS, "gelu", 1e-6, False))
 
 
 @torch.no_grad()
@@ -131,22 +131,6 @@ def test_first_position():
     mask = torch.tensor([[1] * 5, [0, 1, 1, 1, 1], [1] * 5])
     with pytest.raises(ValueError, match="encode_tokens: expected attention_mask to keep .* in sample 1"):
         encode_tokens(batch[0], mask, None, *rest, True)
-
-
-@torch.no_grad()
-def test_watch():
-    batch, embeddings, keep, weights = draw()
-    packed = [pack_encoder_weights(layer) for layer in weights]
-    watch = torch.classes.dynplan.WeightWatch(list(weights[0]))
-    rest = (*embeddings, keep, packed, HEADS, "gelu", 1e-6, False)
-    number = watch.number()
-    assert torch.equal(encode_tokens(*batch, *rest, number), encode_tokens(*batch, *rest))
-    weights[0].up_bias.add_(1)
-    with pytest.raises(ValueError, match="encode_tokens: expected watched tensors as they were, got others"):
-        encode_tokens(*batch, *rest, number)
-    del watch
-    with pytest.raises(ValueError, match=f"expected watch to be the number of a WeightWatch, got {number}"):
-        encode_tokens(*batch, *rest, number)
 
 
 @pytest.mark.parametrize(

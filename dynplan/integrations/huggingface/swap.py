@@ -18,7 +18,6 @@ from torch import nn
 from dynplan.integrations.huggingface.controller import Controller
 from dynplan.integrations.huggingface.families import FAMILIES, Family, find_family
 from dynplan.integrations.huggingface.forward import SwappedForward
-from dynplan.integrations.huggingface.snapshot import is_library_code
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
 from dynplan.policy_files import DESCRIPTION, load_policy, save_policy
@@ -57,12 +56,9 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         raise ValueError(
             f"swap: expected {type(bare).__name__} with its class's forward, got one already patched"
         )
-    taken = [name for name in ("dynplan", "save_pretrained") if name in vars(model)]
-    if taken or not is_library_code(type(model).forward):
-        what = (
-            f"an attribute {taken[0]} of its own" if taken else "a forward of its own, which may read padding"
-        )
-        raise ValueError(f"swap: expected {type(model).__name__} as transformers has it, got one with {what}")
+    for name in ("dynplan", "save_pretrained"):
+        if name in vars(model):
+            raise ValueError(f"swap: expected {type(model).__name__} without an attribute {name}, got one")
     if weights is not None:
         _check_weights(bare, weights)
     controller = Controller(bare, family, KeepAll() if policy is None else policy, weights)

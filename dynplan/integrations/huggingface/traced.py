@@ -333,7 +333,4 @@ def _padded(
         after = layer(before, bias)
         after = after[0] if isinstance(after, tuple) else after
         states.append(after if taken is None else torch.where(taken.view(-1, 1, 1), after, before))
-    if mask is not None:
-        padding = mask.unsqueeze(-1) == 0
-        states = [hidden, *(state.masked_fill(padding, 0) for state in states[1:])]
     return states[-1], tuple(states) if collect else None
