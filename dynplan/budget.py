@@ -76,8 +76,10 @@ def within_budget(scores: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
         best = scores.float().nan_to_num(nan=-math.inf).topk(whole_layers(budget, num_layers)).indices
         return leave_out_empty(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True), cu_seqlens)
     lengths = cu_seqlens.diff().long()
-    # Samples without tokens have no work to do: they go last, lest they use up the sample-layers of others.
-    scores = scores.float().masked_fill((lengths == 0).unsqueeze(1), -math.inf).flatten()
+    # Samples without tokens have no work to do: they go last, below any score, so that they use up no
+    # sample-layers of others.
+    scores = scores.float().nan_to_num(nan=-3e38, posinf=3e38, neginf=-3e38)
+    scores = scores.masked_fill((lengths == 0).unsqueeze(1), -math.inf).flatten()
     keep = admit(
         scores,
         torch.ones_like(scores, dtype=torch.long),
@@ -85,7 +87,7 @@ def within_budget(scores: Tensor, cu_seqlens: Tensor, budget: float) -> Tensor:
         sample_cap(cu_seqlens, budget, num_layers),
         token_cap(cu_seqlens, budget, num_layers),
     )
-    return keep.view(batch_size, num_layers)
+    return leave_out_empty(keep.view(batch_size, num_layers), cu_seqlens)
 
 
 def choose_paths(

@@ -273,7 +273,5 @@ def test_a_projection_that_mixes_tokens():
 def test_attributes_that_swap_would_overwrite():
     model = tiny()
     model.save_pretrained = print
-    with pytest.raises(
-        ValueError, match="expected BertForSequenceClassification without an attribute save_pre"
-    ):
+    with pytest.raises(ValueError, match="without an attribute save_pretrained"):
         dynplan.swap(model)

@@ -161,7 +161,7 @@ class EncoderState:
         if not readings:
             raise Differs("there are no layers")
         first = self.reading = readings[0]
-        shapes = {(one.num_heads, one.activation, one.eps, one.tensors[10].shape) for one in readings}
+        shapes = {(one.num_heads, one.activation, one.eps, int(one.tensors[10].shape[0])) for one in readings}
         if len(shapes) > 1:
             raise Differs("layers differ in heads, activation, eps or feed-forward width")
         kinds = {(tensor.dtype, tensor.device) for tensors in self._layer_tensors for tensor in tensors}
@@ -307,8 +307,9 @@ def _read_layer(layer: nn.Module, family: Family) -> LayerReading:
         raise Differs(f"{on[0]} is in training mode")
     if norms[0].eps != norms[1].eps:
         raise Differs("its norms differ in eps")
-    heads, rest = divmod(linears[0].out_features, attention.attention_head_size)
-    if rest or linears[0].out_features != linears[3].out_features:
+    inside, outside = (int(linears[index].weight.shape[0]) for index in (0, 3))  # a trace's sizes are tensors
+    heads, rest = divmod(inside, attention.attention_head_size)
+    if rest or inside != outside:
         raise Differs("attention is narrower or wider than the layer")
     tensors = layer_tensors(layer, parts)
     if not all(is_plain(tensor) or type(tensor) in _RECORDED for tensor in tensors):
