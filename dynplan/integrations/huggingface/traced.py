@@ -24,6 +24,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from dynplan.integrations.huggingface.arguments import check_mask
 from dynplan.integrations.huggingface.encoder_state import EncoderState, layer_tensors
+from dynplan.integrations.huggingface.fast_path import offsets_of
 from dynplan.integrations.huggingface.plans import check_budget_is_heard, keep_stepwise, plan_upfront
 from dynplan.integrations.huggingface.snapshot import own_forward
 from dynplan.ops.planned_encoder import check_first, pack_padded, planned_encoder
@@ -306,8 +307,7 @@ def _recorded_plan(
         # As on a GPU: tokens first, what is beyond the last offset holds nothing.
         padding = (mask == 0).flatten()
         rows = rows[padding.to(torch.int8).argsort(stable=True)]
-        lengths = (mask != 0).sum(1)
-        offsets = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).to(torch.int32)
+        offsets = offsets_of(mask)
     layers = len(controller.layers)
     request = PlanRequest(batch_size, layers, rows, offsets, controller.budget, input_ids, mask)
     check_budget_is_heard(policy, request)
