@@ -95,7 +95,10 @@ def inputs_of(pair: Pair) -> tuple[str, dict]:
         del inputs["input_ids"]
         inputs["inputs_embeds"] = torch.randn(batch_size, length, width, generator=generator).to(dtype)
         words.append("embeddings given")
-    if pair.states and draw.random() < 0.2:
+    # Hugging Face's own hooks record a layer's states before or after another hook alters them, as the two
+    # came to hang there; a swapped model's are those after it.
+    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in pair.ours.layers)
+    if pair.states and draw.random() < 0.2 and not hooked:
         inputs["output_hidden_states"] = True
         words.append("hidden states")
     if draw.random() < 0.1:

@@ -168,6 +168,10 @@ class Pair:
             raise Mismatch(f"the swapped model alone raises {type(mine).__name__}: {mine}") from mine
         self.counts.refusals[reason] += 1
         self.log[-1] += f" -> refused: {reason}"
+        # PEFT unmerges an adapter within a forward: one that was refused has left it merged.
+        theirs, mine = (dict(side.model.named_parameters()) for side in (self.twin, self.ours))
+        if any(not torch.equal(tensor, mine[name]) for name, tensor in theirs.items() if name in mine):
+            raise Ended
 
     def compare(self, text: str, inputs: dict, prepare: Callable[[Side], None] | None = None) -> None:
         """One inference by both."""
