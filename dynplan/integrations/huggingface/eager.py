@@ -119,9 +119,11 @@ def run_padded(
     Raises:
         NotImplementedError: the loop itself is not the original's, and the plan bypasses a layer.
     """
-    states = [hidden] if collect else None
+    states = [] if collect else None
 
     def loop(hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object) -> BaseModelOutput:
+        if collect:
+            states.append(hidden_states)
         for index, layer in enumerate(state.layers):
             hidden_states = _keep(layer, index, hidden_states, attention_mask)
             if collect:
@@ -155,7 +157,10 @@ def run_padded(
         else:
             run = state.stack
     mask = create_bidirectional_mask(config, hidden, attention_mask)
-    return run(hidden, attention_mask=mask).last_hidden_state, states
+    last = run(hidden, attention_mask=mask).last_hidden_state
+    if collect:
+        states[-1] = last  # a hook may have altered it
+    return last, states
 
 
 def _packed(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
