@@ -28,7 +28,7 @@ from transformers import BertConfig, BertModel
 
 import dynplan
 from dynplan.benchmarking import Timing, append_history, environment, interleave, recorded
-from dynplan.integrations.huggingface.cuda_graph import CapturedModel
+from dynplan.cuda_graph import CapturedModel
 from dynplan.ops import (
     EncoderLayerWeights,
     build_dispatch,

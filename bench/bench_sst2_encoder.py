@@ -41,6 +41,9 @@ def parse() -> argparse.Namespace:
         "--width", type=int, help="random weights of this width, 64 per head, 4x feed-forward"
     )
     parser.add_argument("--layers", type=int, default=12, help="with --width (default 12)")
+    parser.add_argument(
+        "--weights", nargs="*", choices=REDUCED, default=list(REDUCED), help="reduced weights to time too"
+    )
     parser.add_argument("--history", type=Path, help="append the rows to this JSON-lines file")
     return parser.parse_args()
 
@@ -111,7 +114,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rival, batches = load(options)
     ours = dynplan.swap(copy.deepcopy(rival))
-    reduced = {weights: dynplan.swap(copy.deepcopy(rival), weights=weights) for weights in REDUCED}
+    reduced = {weights: dynplan.swap(copy.deepcopy(rival), weights=weights) for weights in options.weights}
     layers = rival.config.num_hidden_layers
     generator = torch.Generator().manual_seed(0)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from dynplan import _library, nn, ops, policies
 
 if TYPE_CHECKING:
-    from dynplan.integrations.huggingface.cuda_graph import capture
+    from dynplan.cuda_graph import capture
     from dynplan.integrations.huggingface.onnx import export_onnx
     from dynplan.integrations.huggingface.swap import from_pretrained, swap, unswap
 
@@ -15,7 +15,7 @@ __all__ = ["capture", "export_onnx", "from_pretrained", "nn", "ops", "policies",
 
 # Loaded on first use: transformers takes longer to import than all of dynplan.
 _LAZY = {
-    "capture": "dynplan.integrations.huggingface.cuda_graph",
+    "capture": "dynplan.cuda_graph",
     "export_onnx": "dynplan.integrations.huggingface.onnx",
     "from_pretrained": "dynplan.integrations.huggingface.swap",
     "swap": "dynplan.integrations.huggingface.swap",

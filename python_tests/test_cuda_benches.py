@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from integrations.test_capture import RerunGraph
 from PIL import Image
 
+from dynplan import cuda_graph as capturing
 from dynplan.benchmarking import Timing
-from dynplan.integrations.huggingface import cuda_graph as capturing
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))

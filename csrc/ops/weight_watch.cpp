@@ -1,9 +1,9 @@
 // torch.classes.dynplan.WeightWatch(tensors).unchanged(): whether they are as they were when it was made.
 //
 // A tensor has changed if it counts another version, if its storage, its place in it, its shape or its dtype is
-// another, or if one of a few of its elements is: fused optimizers, writes through `tensor.data` and those of other processes
-// count no version, but change nearly every element. Elements are looked at on the CPU only; elsewhere a look
-// would wait for the device.
+// another, or if one of a few of its cache lines is: fused optimizers, writes through `tensor.data` and those of
+// other processes count no version, but change nearly every element. Contents are looked at on the CPU only;
+// elsewhere a look would wait for the device.
 //
 // It keeps storages alive, so that no new one can come to lie at the address of one seen before, but no tensor:
 // torch.utils.swap_tensors asks for tensors that nobody else holds. Who asks holds their Python objects, and has
@@ -39,11 +39,7 @@ const c10::StorageImpl* storage(const c10::TensorImpl* impl) {
   return impl->unsafe_storage().unsafeGetStorageImpl();
 }
 
-uint64_t read(const char* at, size_t bytes) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, at, bytes);
-  return bits;
-}
+constexpr int64_t kLine = 64;  // bytes
 
 class WeightWatch : public torch::CustomClassHolder {
  public:
@@ -79,10 +75,12 @@ class WeightWatch : public torch::CustomClassHolder {
               seen.impl->storage_offset() == seen.offset && seen.impl->dtype() == seen.dtype &&
               seen.impl->sizes() == seen.sizes && seen.impl->strides() == seen.strides;
     }
-    if (!same) return false;  // elements may lie in memory that is gone
-    for (size_t i = 0; i < elements_.size(); ++i) {
-      if (i + kAhead < elements_.size()) __builtin_prefetch(elements_[i + kAhead].at);
-      same &= read(elements_[i].at, elements_[i].bytes) == elements_[i].bits;
+    if (!same) return false;  // the pieces may lie in memory that is gone
+    const char* was = contents_.data();
+    for (size_t i = 0; i < pieces_.size(); ++i) {
+      if (i + kAhead < pieces_.size()) __builtin_prefetch(pieces_[i + kAhead].at);
+      same &= std::memcmp(pieces_[i].at, was, pieces_[i].bytes) == 0;
+      was += pieces_[i].bytes;
     }
     return same;
   }
@@ -99,34 +97,46 @@ class WeightWatch : public torch::CustomClassHolder {
     bool counts;
     const void* counter;  // where the version is counted: to be prefetched, never to be read
   };
-  struct Element {
+  struct Piece {
     const char* at;
     size_t bytes;
-    uint64_t bits;
   };
 
-  // A few elements, spread over the tensor by the golden ratio, whatever its strides.
+  void add(const char* at, int64_t bytes) {
+    pieces_.push_back({at, static_cast<size_t>(bytes)});
+    contents_.insert(contents_.end(), at, at + bytes);
+  }
+
+  // A few pieces, spread over the tensor by the golden ratio: lines where it is dense, else elements. Integers
+  // are small tables, of positions or token types: all of them.
   void sample(const at::Tensor& tensor) {
-    // Integers are small tables, of positions or token types: all of them.
-    const bool table = !tensor.is_floating_point() && !tensor.is_complex() && tensor.numel() <= 4096;
-    const int64_t count = table ? tensor.numel() : tensor.dim() > 1 ? 8 : 4;
-    const size_t bytes = std::min<size_t>(tensor.element_size(), sizeof(uint64_t));
+    const char* data = static_cast<const char*>(tensor.const_data_ptr());
+    const int64_t size = tensor.element_size(), numel = tensor.numel();
+    const bool dense = tensor.is_non_overlapping_and_dense();
+    const bool table = !tensor.is_floating_point() && !tensor.is_complex() && numel <= 4096;
+    if (table && dense) return add(data, numel * size);
+    const int64_t count = table ? numel : tensor.dim() > 1 ? 4 : 2;
     for (int64_t k = 0; k < count; ++k) {
       const double share = 0.5 + static_cast<double>(k) * 0.6180339887498949;
-      int64_t index =
-          table ? k : static_cast<int64_t>((share - static_cast<int64_t>(share)) * tensor.numel());
+      int64_t index = table ? k : static_cast<int64_t>((share - static_cast<int64_t>(share)) * numel);
+      if (dense) {
+        // Weights begin at a multiple of a line; where one does not, its pieces lie on two.
+        const int64_t begin = index * size / kLine * kLine;
+        add(data + begin, std::min(kLine, numel * size - begin));
+        continue;
+      }
       int64_t place = 0;
       for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
         place += index % tensor.size(d) * tensor.stride(d);
         index /= tensor.size(d);
       }
-      const char* at = static_cast<const char*>(tensor.const_data_ptr()) + place * tensor.element_size();
-      elements_.push_back({at, bytes, read(at, bytes)});
+      add(data + place * size, size);
     }
   }
 
   std::vector<Seen> seen_;
-  std::vector<Element> elements_;
+  std::vector<Piece> pieces_;
+  std::vector<char> contents_;  // of the pieces, one after another, as they were
 };
 
 }  // namespace

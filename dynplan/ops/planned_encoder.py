@@ -87,6 +87,13 @@ def pack_padded(hidden: Tensor, attention_mask: Tensor | None) -> Packed:
     return Packed(hidden.flatten(0, 1), None, steps * length)
 
 
+def offsets_of(attention_mask: Tensor) -> Tensor:
+    """int32 ``(B + 1,)``: where each sample's tokens begin among those of all, from a mask ``(B, S)``."""
+    offsets = attention_mask.new_zeros(attention_mask.shape[0] + 1, dtype=torch.int32)
+    offsets[1:] = (attention_mask != 0).sum(1).cumsum(0)
+    return offsets
+
+
 def check_first(mask: Tensor) -> None:
     """The first position is read as a sample's summary; packed, there is nothing there but tokens."""
     first = mask.select(1, 0) if mask.shape[1] else mask.any(1)

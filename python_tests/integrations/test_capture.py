@@ -10,7 +10,7 @@ from integrations.models import batch, tiny
 from torch import Tensor
 
 import dynplan
-from dynplan.integrations.huggingface import cuda_graph as capturing
+from dynplan import cuda_graph as capturing
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dynplan
-from dynplan.integrations.huggingface import cuda_graph as capturing
+from dynplan import cuda_graph as capturing
 from dynplan.integrations.huggingface import encoder_state
 from dynplan.policies import Policy, RandomPath
 

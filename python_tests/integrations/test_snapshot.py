@@ -13,9 +13,9 @@ from integrations.models import KINDS, encoder_of, tiny
 from torch import nn
 
 import dynplan
-from dynplan.integrations.huggingface.snapshot import ModuleSnapshot
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.packed_weights import Watched
+from dynplan.snapshot import ModuleSnapshot
 
 
 def test_object_checks():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynplan.integrations.huggingface.arguments import longest
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.integrations.huggingface.families import Family
-from dynplan.integrations.huggingface.plans import Gates
+from dynplan.plans import Gates
 from dynplan.policies import Policy, check_budget
 
 

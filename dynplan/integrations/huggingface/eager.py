@@ -19,11 +19,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.integrations.huggingface.families import Family
-from dynplan.integrations.huggingface.plans import Decisions, taken
-from dynplan.integrations.huggingface.snapshot import own_forward
-from dynplan.ops import pack
 from dynplan.ops.build_dispatch import Dispatch, build_dispatch
 from dynplan.ops.conditional_encoder_layer import ActiveSizes, active_sizes, attend_packed
+from dynplan.ops.planned_encoder import pack_padded
+from dynplan.plans import Decisions, taken
+from dynplan.snapshot import own_forward
 
 
 def run_packed(
@@ -131,7 +131,7 @@ def run_padded(
         return BaseModelOutput(last_hidden_state=hidden_states)
 
     def _keep(layer: nn.Module, index: int, before: Tensor, mask: Tensor | None) -> Tensor:
-        keep, gate = decide(index, lambda: _packed(before, attention_mask))
+        keep, gate = decide(index, lambda: pack_padded(before, attention_mask).hidden)
         computed = taken(keep, gate)
         if computed.is_cpu and not torch.compiler.is_compiling() and not computed.any():
             return before
@@ -161,7 +161,3 @@ def run_padded(
     if collect:
         states[-1] = last  # a hook may have altered it
     return last, states
-
-
-def _packed(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-    return hidden.flatten(0, 1) if attention_mask is None else pack(hidden, attention_mask).hidden

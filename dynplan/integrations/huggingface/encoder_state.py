@@ -12,15 +12,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynplan.integrations.huggingface.families import Family, LayerParts, activation_of
-from dynplan.integrations.huggingface.snapshot import (
+from dynplan.ops.packed_weights import Watched, is_plain, pack_layer
+from dynplan.snapshot import (
     ModuleSnapshot,
     has_backward_hooks,
     is_library_code,
     own_forward,
     process_reason,
 )
-from dynplan.ops.packed_weights import Watched, is_plain, pack_layer
 
+GRADIENTS = "gradients are recorded; wrap inference in torch.no_grad()"
 # Where the ops run.
 DEVICES = ("cpu", "cuda")
 # Attention that is softmax(QK^T)V whatever its name says of how. A user's own is left to the layers.
@@ -30,17 +31,8 @@ _REFUSED = {
     "add_cross_attention": "cross-attention is not planned",
     "is_causal": "a causal mask would make each token's work depend on its place",
 }
-_ELEMENTWISE = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.ELU,
-    nn.SELU,
-    nn.LeakyReLU,
-    nn.Mish,
+_ELEMENTWISE = tuple(
+    getattr(nn, name) for name in "ReLU ReLU6 GELU SiLU Tanh Sigmoid ELU SELU LeakyReLU Mish".split()
 )
 # Adapters that treat each token by itself, so that packed rows will do.
 _ADAPTER_PARTS = (nn.Linear, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dynplan.integrations.huggingface.encoder_state import EncoderState
-from dynplan.integrations.huggingface.plans import plan_upfront
 from dynplan.ops.encode_tokens import encode_tokens
+from dynplan.ops.planned_encoder import offsets_of
+from dynplan.plans import plan_upfront
 from dynplan.policies import KeepAll, PlanRequest, Policy
 
 
@@ -92,13 +93,6 @@ class _RequestAhead(PlanRequest):
 
 
 _NOTHING = torch.empty(0, 0)
-
-
-def offsets_of(attention_mask: Tensor) -> Tensor:
-    """int32 ``(B + 1,)``: where each sample's tokens begin among those of all, from a mask ``(B, S)``."""
-    offsets = attention_mask.new_zeros(attention_mask.shape[0] + 1, dtype=torch.int32)
-    offsets[1:] = (attention_mask != 0).sum(1).cumsum(0)
-    return offsets
 
 
 def _is_mask(mask: Tensor, input_ids: Tensor) -> bool:

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from dataclasses import fields
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     BaseModelOutputWithPoolingAndCrossAttentions,
-    ModelOutput,
 )
 
 from dynplan.integrations.huggingface import traced
 from dynplan.integrations.huggingface.arguments import check_mask, check_options, explain
 from dynplan.integrations.huggingface.controller import Controller
 from dynplan.integrations.huggingface.eager import run_packed, run_padded
-from dynplan.integrations.huggingface.encoder_state import EncoderState
+from dynplan.integrations.huggingface.encoder_state import GRADIENTS, EncoderState
 from dynplan.integrations.huggingface.families import Family
 from dynplan.integrations.huggingface.fast_path import run_fast
 from dynplan.integrations.huggingface.fused import run_fused
-from dynplan.integrations.huggingface.plans import Decisions, Gates
-from dynplan.integrations.huggingface.snapshot import mode_reason
 from dynplan.ops import Packed, unpack
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.planned_encoder import check_first, pack_padded
+from dynplan.plans import Decisions, Gates
 from dynplan.policies import PlanRequest
-
-_GRADIENTS = "gradients are recorded; wrap inference in torch.no_grad()"
+from dynplan.snapshot import mode_reason
 
 
 class SwappedForward:
@@ -101,11 +95,11 @@ class SwappedForward:
         """
         config = self.model.config
         if output_attentions is None:
-            output_attentions = _setting(config, "output_attentions")
+            output_attentions = config.output_attentions
         if output_hidden_states is None:
-            output_hidden_states = _setting(config, "output_hidden_states")
+            output_hidden_states = config.output_hidden_states
         if return_dict is None:
-            return_dict = _setting(config, "return_dict")
+            return_dict = config.return_dict
         check_options(rest, options, output_attentions, output_hidden_states)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -157,7 +151,7 @@ class SwappedForward:
         if torch.is_grad_enabled():
             given = inputs_embeds is not None and inputs_embeds.requires_grad
             if given or any(parameter.requires_grad for parameter in self.model.parameters()):
-                return _GRADIENTS
+                return GRADIENTS
         return None
 
     def _run_op_by_op(
@@ -185,7 +179,7 @@ class SwappedForward:
             batch_size, len(state.layers), hidden, cu_seqlens, controller.budget, input_ids, attention_mask
         )
         if reason is None and hidden.requires_grad:
-            reason = _GRADIENTS
+            reason = GRADIENTS
             controller.tell(reason, warn=True)
         if reason is None:
             last, plan, states = run_fused(state, request, controller.policy, collect)
@@ -247,47 +241,8 @@ class SwappedForward:
         modules = self.model._modules
         if "pooler" in modules:
             pooler = modules["pooler"]
-            pooled = None if pooler is None else pooler(last)
-            kind = BaseModelOutputWithPoolingAndCrossAttentions
+            pooled = {} if pooler is None else {"pooler_output": pooler(last)}
+            output = BaseModelOutputWithPoolingAndCrossAttentions(last, hidden_states=states, **pooled)
         else:
-            pooled, kind = None, BaseModelOutputWithPastAndCrossAttentions
-        output = _fill(kind, last, pooled, states)
+            output = BaseModelOutputWithPastAndCrossAttentions(last, hidden_states=states)
         return output if return_dict else output.to_tuple()
-
-
-def _fill(
-    kind: type[ModelOutput], last: Tensor, pooled: Tensor | None, states: tuple[Tensor, ...] | None
-) -> ModelOutput:
-    """A ``kind`` as its constructor would make it, without the constructor's look at every field: 24 us, and
-    twice that where nothing of it is left in cache."""
-    if torch.compiler.is_compiling():
-        return (
-            kind(last_hidden_state=last, hidden_states=states)
-            if pooled is None
-            else kind(last_hidden_state=last, pooler_output=pooled, hidden_states=states)
-        )
-    output = kind.__new__(kind)
-    attributes = vars(output)
-    attributes.update(_FIELDS[kind])
-    for name, value in (("last_hidden_state", last), ("pooler_output", pooled), ("hidden_states", states)):
-        if value is not None:
-            OrderedDict.__setitem__(output, name, value)
-            attributes[name] = value
-    return output
-
-
-_FIELDS = {
-    kind: dict.fromkeys(field.name for field in fields(kind))
-    for kind in (BaseModelOutputWithPastAndCrossAttentions, BaseModelOutputWithPoolingAndCrossAttentions)
-}
-
-
-def _setting(config: PretrainedConfig, name: str) -> Any:
-    """``getattr(config, name)``, past the configuration's own attribute look-up where that is possible."""
-    if torch.compiler.is_compiling():
-        return getattr(config, name)
-    own = object.__getattribute__(config, "__dict__")
-    for key in (name, f"_{name}"):
-        if key in own:
-            return own[key]
-    return getattr(config, name)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dynplan.integrations.huggingface.encoder_state import EncoderState
-from dynplan.integrations.huggingface.plans import keep_stepwise, plan_upfront
 from dynplan.ops.build_dispatch import build_dispatch
 from dynplan.ops.conditional_encoder_layer import conditional_encoder, conditional_encoder_layer
+from dynplan.plans import keep_stepwise, plan_upfront
 from dynplan.policies import PlanRequest, Policy
 
 

@@ -192,13 +192,8 @@ def _check_weights(bare: nn.Module, weights: str) -> None:
     if weights not in REDUCED_DTYPES:
         raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
     parameter = next(bare.parameters())
-    if parameter.device.type != "cpu":
+    if parameter.device.type != "cpu" or parameter.dtype == torch.float64:
         raise ValueError(
-            f"swap: expected weights=None for a model on {parameter.device}, got {weights!r}; "
-            "the kernels there run in the model's own dtype (model.bfloat16())"
-        )
-    if parameter.dtype == torch.float64:
-        raise ValueError(
-            f"swap: expected weights=None for a model in {parameter.dtype}, got {weights!r}; "
-            "convert it first (model.float())"
+            f"swap: expected weights=None for a model in {parameter.dtype} on {parameter.device}, got "
+            f"{weights!r}; move it to the CPU or convert it first (model.float())"
         )

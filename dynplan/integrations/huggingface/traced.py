@@ -23,12 +23,11 @@ from torch.library import custom_op
 from transformers.masking_utils import create_bidirectional_mask
 
 from dynplan.integrations.huggingface.arguments import check_mask
-from dynplan.integrations.huggingface.encoder_state import EncoderState, layer_tensors
-from dynplan.integrations.huggingface.fast_path import offsets_of
-from dynplan.integrations.huggingface.plans import check_budget_is_heard, keep_stepwise, plan_upfront
-from dynplan.integrations.huggingface.snapshot import own_forward
-from dynplan.ops.planned_encoder import check_first, pack_padded, planned_encoder
+from dynplan.integrations.huggingface.encoder_state import GRADIENTS, EncoderState, layer_tensors
+from dynplan.ops.planned_encoder import check_first, offsets_of, pack_padded, planned_encoder
+from dynplan.plans import check_budget_is_heard, keep_stepwise, plan_upfront
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, PlanRequest, StaticPath
+from dynplan.snapshot import own_forward
 
 if TYPE_CHECKING:
     from dynplan.integrations.huggingface.forward import SwappedForward
@@ -190,7 +189,7 @@ def swapped_plan(
             plan[:, layer] = keep_stepwise(policy, layer, request, rows, plan)
         else:
             plan.copy_(plan_upfront(policy, request))
-    controller.note(plan.clone(), _GRADIENTS)
+    controller.note(plan.clone(), GRADIENTS)
     return plan
 
 
@@ -209,11 +208,9 @@ def _begin(forward: SwappedForward, attention_mask: Tensor | None) -> None:
         raise NotImplementedError(f"dynplan: {refused}")
     if attention_mask is not None and forward.reads_first:
         check_first(attention_mask)
-    controller.tell(_GRADIENTS, warn=True)
+    controller.tell(GRADIENTS, warn=True)
     controller.refresh()  # an optimizer step usually follows, and some keep no record
 
-
-_GRADIENTS = "gradients are recorded; wrap inference in torch.no_grad()"
 
 # Policies may draw, and last_plan is of the latest: neither dropped, nor merged, nor out of order.
 for _op in (swapped_forward, swapped_plan):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from dynplan.integrations.huggingface.controller import Controller
-from dynplan.integrations.huggingface.fast_path import offsets_of
-from dynplan.integrations.huggingface.plans import plan_upfront
+from dynplan.ops.planned_encoder import offsets_of
+from dynplan.plans import plan_upfront
 from dynplan.policies import PlanRequest, Policy
 
 # Graphs kept at a time. Each distinct budget of a planner takes one; beyond that some are recorded again.
