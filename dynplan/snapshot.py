@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from dynplan._C import entries_are, sizes_are, types_are
+from dynplan._C import attributes_are, entries_are, sizes_are, types_are
 
 # What kernels read of a module besides its children and tensors, wherever a module has it.
 _NUMBERS = (
@@ -58,8 +58,9 @@ class ModuleSnapshot:
         self._modules = modules
         self._types = tuple(map(type, modules))
         kinds = set(self._types)
-        self._methods = [(vars(kind), name, method) for kind in kinds for name, method in methods_of(kind)]
-        self._calls = [(kind, kind.__call__) for kind in kinds]
+        names = [(kind, name) for kind in kinds for name in ("__call__", *dict(methods_of(kind)))]
+        self._kinds, self._methods = zip(*names, strict=True)
+        self._code = tuple(getattr(kind, name) for kind, name in names)
         entries = [*entries, *((vars(F), name) for name in _FUNCTIONS)]
         sized = [*_GLOBAL_HOOKS]
         for module in modules:
@@ -87,8 +88,7 @@ class ModuleSnapshot:
             types_are(self._modules, self._types)
             and sizes_are(self._sized, self._sizes)
             and entries_are(self._tables, self._names, self._values)
-            and all(table.get(name) is method for table, name, method in self._methods)
-            and all(kind.__call__ is call for kind, call in self._calls)
+            and attributes_are(self._kinds, self._methods, self._code)
         )
 
 

@@ -115,7 +115,7 @@ class WeightWatch : public torch::CustomClassHolder {
     const bool dense = tensor.is_non_overlapping_and_dense();
     const bool table = !tensor.is_floating_point() && !tensor.is_complex() && numel <= 4096;
     if (table && dense) return add(data, numel * size);
-    const int64_t count = table ? numel : tensor.dim() > 1 ? 4 : 2;
+    const int64_t count = table ? numel : tensor.dim() > 1 || !dense ? 2 : 1;
     for (int64_t k = 0; k < count; ++k) {
       const double share = 0.5 + static_cast<double>(k) * 0.6180339887498949;
       int64_t index = table ? k : static_cast<int64_t>((share - static_cast<int64_t>(share)) * numel);

@@ -71,6 +71,25 @@ PyObject* entries_are(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+PyObject* attributes_are(PyObject*, PyObject* arguments) {
+  PyObject* tuples[3];
+  if (!take_tuples("attributes_are", arguments, tuples, 3)) return nullptr;
+  const Py_ssize_t size = PyTuple_Size(tuples[0]);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    prefetch(tuples[0], i + kAhead, size);
+    PyObject* found = PyObject_GetAttr(PyTuple_GetItem(tuples[0], i), PyTuple_GetItem(tuples[1], i));
+    if (found == nullptr) {
+      if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) return nullptr;
+      PyErr_Clear();
+      Py_RETURN_FALSE;
+    }
+    const bool same = found == PyTuple_GetItem(tuples[2], i);
+    Py_DECREF(found);
+    if (!same) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
 PyObject* dicts_are(PyObject*, PyObject* arguments) {
   PyObject* tuples[2];
   if (!take_tuples("dicts_are", arguments, tuples, 2)) return nullptr;
@@ -92,6 +111,7 @@ PyMethodDef object_checks[] = {
     {"types_are", types_are, METH_VARARGS, "type(objects[i]) is types[i] for all i"},
     {"sizes_are", sizes_are, METH_VARARGS, "len(dicts[i]) == sizes[i] for all i"},
     {"entries_are", entries_are, METH_VARARGS, "dicts[i].get(keys[i]) is values[i] for all i"},
+    {"attributes_are", attributes_are, METH_VARARGS, "getattr(objects[i], names[i]) is values[i] for all i"},
     {"dicts_are", dicts_are, METH_VARARGS, "objects[i].__dict__ is dicts[i] for all i"},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -12,6 +12,7 @@ namespace dynplan {
 // types_are(objects, types): type(objects[i]) is types[i] for all i.
 // sizes_are(dicts, sizes): len(dicts[i]) == sizes[i] for all i.
 // entries_are(dicts, keys, values): dicts[i].get(keys[i]) is values[i] for all i.
+// attributes_are(objects, names, values): getattr(objects[i], names[i]) is values[i] for all i.
 // dicts_are(objects, dicts): objects[i].__dict__ is dicts[i] for all i; torch.utils.swap_tensors swaps them.
 // All arguments are tuples of one length.
 extern PyMethodDef object_checks[];

@@ -88,7 +88,7 @@ class UpfrontPlanner(nn.Module):
         prices: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes("UpfrontPlanner", hidden_size=hidden_size, num_layers=num_layers, width=width)
+        check_sizes("UpfrontPlanner", hidden_size=hidden_size, num_layers=num_layers, width=width)
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.width = width
@@ -235,7 +235,7 @@ class StepwisePlanner(nn.Module):
         self, hidden_size: int, num_layers: int, width: int = 16, thresholds: Sequence[float] | None = None
     ) -> None:
         super().__init__()
-        _check_sizes("StepwisePlanner", hidden_size=hidden_size, num_layers=num_layers, width=width)
+        check_sizes("StepwisePlanner", hidden_size=hidden_size, num_layers=num_layers, width=width)
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.width = width
@@ -358,7 +358,8 @@ def _path_table(paths: Tensor | Sequence[Sequence[int]], num_layers: int) -> Ten
     return table
 
 
-def _check_sizes(name: str, **sizes: int) -> None:
+def check_sizes(name: str, **sizes: int) -> None:
+    """Raises ValueError for a size that is not a positive integer, or beyond any of use."""
     for argument, value in sizes.items():
         largest = _LARGEST_SIZE.get(argument, 2**20)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from dynplan._C import dicts_are, entries_are, sizes_are, types_are
+from dynplan._C import attributes_are, dicts_are, entries_are, sizes_are, types_are
 from helpers import assert_close_to_exact
 from integrations.models import KINDS, encoder_of, tiny
 from torch import nn
@@ -25,6 +25,8 @@ def test_object_checks():
     assert entries_are((table, table), ("a", "b"), (1, None))
     assert entries_are((other,), ("a",), (None,)), "a missing entry counts as None"
     assert dicts_are((norm,), (vars(norm),)) and not dicts_are((norm,), ({},))
+    assert attributes_are((norm,), ("__name__",), (norm.__name__,))
+    assert not attributes_are((norm,), ("__name__",), (norm,)) and not attributes_are((1,), ("a",), (None,))
     assert not entries_are((table,), ("a",), (2,)) and not entries_are((other,), ("a",), (1,))
 
 
@@ -40,6 +42,7 @@ def test_object_checks():
         (entries_are, (({},), ([],), (1,))),
         (entries_are, ((1,), ("a",), (1,))),
         (entries_are, (({},), ("a",))),
+        (attributes_are, ((1,), (2,), (3,))),
     ],
 )
 def test_object_checks_refuse(check, arguments):
