@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynplan import _library, nn, ops, policies
+from dynplan.stream_budget import StreamBudget
 
 if TYPE_CHECKING:
     from dynplan.cuda_graph import capture
@@ -11,7 +12,17 @@ if TYPE_CHECKING:
     from dynplan.integrations.huggingface.swap import from_pretrained, swap, unswap
 
 __version__ = _library.build_info()["version"]
-__all__ = ["capture", "export_onnx", "from_pretrained", "nn", "ops", "policies", "swap", "unswap"]
+__all__ = [
+    "StreamBudget",
+    "capture",
+    "export_onnx",
+    "from_pretrained",
+    "nn",
+    "ops",
+    "policies",
+    "swap",
+    "unswap",
+]
 
 # Loaded on first use: transformers takes longer to import than all of dynplan.
 _LAZY = {

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 
-def check_budget(name: str, budget: Any) -> float:
-    """The budget as a float.
+def check_budget(name: str, budget: Any, argument: str = "budget") -> float:
+    """The budget as a float; ``argument`` is what errors call it.
 
     Raises:
         TypeError: not a number.
         ValueError: not within 0..1.
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(f"{name}: expected budget to be a number, got {type(budget).__name__}")
+        raise TypeError(f"{name}: expected {argument} to be a number, got {type(budget).__name__}")
     if not 0 <= budget <= 1:
-        raise ValueError(f"{name}: expected budget to be within 0..1, got {budget}")
+        raise ValueError(f"{name}: expected {argument} to be within 0..1, got {budget}")
     return float(budget)
 
 

@@ -23,14 +23,22 @@ def plan_upfront(policy: Policy, request: PlanRequest) -> Tensor:
     return plan
 
 
-def keep_stepwise(policy: Policy, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> Tensor:
-    """The policy's decision for one layer, checked."""
-    if layer == 0:
-        check_budget_is_heard(policy, request)
+def decide(policy: Policy, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> int:
+    """Writes a stepwise policy's decision before ``layer`` into the plan, checked, for all layers until it is
+    asked again.
+
+    Returns:
+        The next layer to ask before; ``L`` if there is none.
+    """
     with _no_grad():
+        asks = policy.asks(request)
+        if layer == 0:
+            check_budget_is_heard(policy, request)
+        until = next((other for other in asks if other > layer), request.num_layers)
         keep = policy.keep(layer, request, hidden, plan)
     _check_decision(policy, "keep", keep, (request.batch_size,), request.device)
-    return keep
+    plan[:, layer:until] = keep.unsqueeze(1)
+    return until
 
 
 class Decisions:
@@ -49,6 +57,7 @@ class Decisions:
         self.request = request
         self.policy = policy
         self._ahead = True
+        self._until = 0
         self._stepwise = self._gates = None
         if gates is None:
             self._ahead = not policy.stepwise
@@ -74,13 +83,13 @@ class Decisions:
             gate = None if self._gates is None else self._gates[:, layer]
             return self.plan[:, layer], gate
         if self._stepwise is None:
-            keep, gate = keep_stepwise(self.policy, layer, self.request, hidden(), self.plan), None
-        else:
-            gate = _check_gates(self._stepwise(layer, self.request, hidden()), self.request, steps=True)
-            # Rounded for last_plan; what is computed is every sample whose gate is open at all.
-            keep = gate.detach() != 0
-        self.plan[:, layer] = keep
-        return keep, gate
+            if layer == self._until:
+                self._until = decide(self.policy, layer, self.request, hidden(), self.plan)
+            return self.plan[:, layer], None
+        gate = _check_gates(self._stepwise(layer, self.request, hidden()), self.request, steps=True)
+        # Rounded for last_plan; what is computed is every sample whose gate is open at all.
+        self.plan[:, layer] = gate.detach() != 0
+        return self.plan[:, layer], gate
 
 
 def taken(keep: Tensor, gate: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dynplan.files import write_whole
 from dynplan.policies import Policy, check_budget, policy_from_config
+from dynplan.stream_budget import StreamBudget
 
 DESCRIPTION = "dynplan.json"
 WEIGHTS = "dynplan.safetensors"
@@ -30,7 +31,9 @@ _FORMAT = 1
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def save_policy(folder: str | os.PathLike, policy: Policy, budget: float | None = None) -> None:
+def save_policy(
+    folder: str | os.PathLike, policy: Policy, budget: float | StreamBudget | None = None
+) -> None:
     """Write ``dynplan.json`` and, where the policy has a planner, ``dynplan.safetensors``.
 
     Interrupted at any moment, the folder holds what it held before or the new policy.
@@ -38,9 +41,11 @@ def save_policy(folder: str | os.PathLike, policy: Policy, budget: float | None 
     Args:
         folder: exists.
         policy: described by its ``to_config``.
-        budget: the model's budget, None or 0..1.
+        budget: the model's budget, None, 0..1 or a stream's, whose counts are not saved.
     """
     folder = Path(folder)
+    if isinstance(budget, StreamBudget):
+        budget = budget.to_config()
     planner = getattr(policy, "planner", None)
     description = {"format": _FORMAT, "policy": policy.to_config(), "budget": budget, "weights_sha256": None}
     weights = None
@@ -66,7 +71,7 @@ def save_policy(folder: str | os.PathLike, policy: Policy, budget: float | None 
         stale.unlink()
 
 
-def load_policy(folder: str | os.PathLike) -> tuple[Policy, float | None]:
+def load_policy(folder: str | os.PathLike) -> tuple[Policy, float | StreamBudget | None]:
     """Read what :func:`save_policy` wrote.
 
     Returns:
@@ -89,7 +94,10 @@ def load_policy(folder: str | os.PathLike) -> tuple[Policy, float | None]:
         policy = policy_from_config(config)
         if not _says_the_same(config, json.loads(json.dumps(policy.to_config()))):
             raise ValueError(f"expected what {type(policy).__name__} writes, got {config}")
-        budget = None if budget is None else check_budget("load_policy", budget)
+        if isinstance(budget, dict):
+            budget = StreamBudget(**budget)
+        elif budget is not None:
+            budget = check_budget("load_policy", budget)
     except Exception as error:  # constructors, a user's own among them, meet values of any kind here
         raise ValueError(f"load_policy: in {path}: {_shortened(error)}") from error
     planner = getattr(policy, "planner", None)

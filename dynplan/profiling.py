@@ -46,7 +46,7 @@ _METHODS = ("embed", "_output")
 # Where the forward looks the others up.
 _PLACES = {
     fast_path: ("encode_tokens", "plan_upfront"),
-    fused: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "keep_stepwise"),
+    fused: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "decide"),
     forward: ("pack_padded", "unpack"),
 }
 
@@ -134,7 +134,7 @@ def profile_forward(model: nn.Module, inputs: Mapping[str, Tensor], rounds: int 
 def _parts(total: float, spent: Mapping[str, float], phases: Sequence[float]) -> list[Part]:
     encoder = sum(spent.get(op, 0.0) for op in _ENCODER_OPS)
     parts = [Part("embeddings, op by op", "embeddings", spent.get("embed", 0.0))]
-    plan = spent.get("plan_upfront", 0.0) + spent.get("keep_stepwise", 0.0)
+    plan = spent.get("plan_upfront", 0.0) + spent.get("decide", 0.0)
     parts.append(Part("policy's plan", "dispatch", plan))
     parts += [Part(op, "dispatch", spent.get(op, 0.0)) for op in _DISPATCH_OPS]
     parts += [Part(name, group, own) for (name, group), own in zip(PHASES.items(), phases, strict=True)]

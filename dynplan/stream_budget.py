@@ -71,8 +71,10 @@ class StreamBudget:
         self.state = dict.fromkeys(_COUNTS, 0)
 
     def level(self, num_layers: int) -> Any:
-        """How full the bucket is: layers that may be run beyond the share, over ``burst * L``; 1 at the start,
-        never below 0. A number on the CPU, a 0-d tensor on CUDA; 0 where ``burst`` is 0."""
+        """How full the bucket is: layers that may still be run, over ``burst * L``; 1 at the start.
+
+        A number on the CPU, a 0-d tensor on CUDA; 0 where ``burst`` is 0.
+        """
         room = self.burst * num_layers
         with self._lock:
             return self._left(num_layers)[0] / room if room else 0.0
@@ -84,47 +86,96 @@ class StreamBudget:
             cu_seqlens: int32 ``(B + 1,)``.
         """
         with self._lock:
+            counts = self._beside(cu_seqlens)
             if cu_seqlens.is_cpu:
                 ends = cu_seqlens.tolist()
                 lengths = [end - begin for begin, end in zip(ends[:-1], ends[1:], strict=True) if end > begin]
-                counts = self._here(cu_seqlens)
                 counts[0] += len(lengths)
                 counts[1] += sum(lengths)
                 counts[4] = max(counts[4], *lengths) if lengths else counts[4]
-                return
-            lengths, counts = cu_seqlens.diff(), self._here(cu_seqlens)
-            counts[:2] += torch.stack(((lengths > 0).sum(), lengths.sum()))
-            counts[4] = torch.maximum(counts[4], lengths.max())
+            else:
+                lengths = cu_seqlens.diff()
+                counts[:2] += torch.stack(((lengths > 0).sum(), lengths.sum()))
+                counts[4] = torch.maximum(counts[4], lengths.max())
 
-    def take(self, priority: Tensor, layers: int, wanted: Tensor, lengths: Tensor) -> Tensor:
-        """Let samples run ``layers`` more, in order of falling priority for as long as the contract holds, and
-        count it.
+    def take(self, priority: Tensor, wanted: Tensor, lengths: Tensor, steps: int, num_layers: int) -> Tensor:
+        """Let samples run ``steps`` layers more, and count it.
+
+        They are taken in order of falling priority for as long as the contract holds.
 
         Args:
             priority: float ``(B,)``.
-            layers: each sample would run.
             wanted: bool ``(B,)``, samples that ask.
             lengths: integer ``(B,)``, tokens.
+            steps: layers.
+            num_layers: ``L``.
 
         Returns:
             bool ``(B,)``.
         """
         with self._lock:
-            counts = self._here(priority)
-            samples, tokens = self._left(self._layers)
-            if priority.is_cpu and len(priority) == 1:
-                cost = layers * int(lengths)
-                taken = bool(wanted) and layers <= samples and cost <= tokens
-                counts[2] += layers * taken
+            counts = self._beside(priority)
+            samples, tokens = self._left(num_layers)
+            if priority.is_cpu and len(priority) == 1:  # nobody to share with, no time to lose
+                cost = steps * int(lengths)
+                taken = bool(wanted) and steps <= samples and cost <= tokens
+                counts[2] += steps * taken
                 counts[3] += cost * taken
                 return wanted & taken
-            costs = wanted * layers
-            priority = priority.masked_fill(~wanted, -torch.inf)
-            taken = admit(priority, costs, costs * lengths, samples, tokens) & wanted
-            spent = taken.sum() * layers, (taken * lengths).sum() * layers
-            if priority.is_cpu:
-                counts[2] += int(spent[0])
-                counts[3] += int(spent[1])
-            else:
-                counts[2:4] += torch.stack(spent)
+            costs = wanted * steps
+            taken = admit(priority.masked_fill(~wanted, -torch.inf), costs, costs * lengths, samples, tokens)
+            taken &= wanted
+            self._count(taken.sum() * steps, (taken * lengths).sum() * steps)
             return taken
+
+    def record(self, plan: Tensor, cu_seqlens: Tensor) -> None:
+        """Count a batch and all that was run of it, where a policy kept to the share by itself.
+
+        Args:
+            plan: bool ``(B, L)``.
+            cu_seqlens: int32 ``(B + 1,)``.
+        """
+        with self._lock:
+            self.arrive(cu_seqlens)
+            layers = plan.sum(1)
+            self._count(layers.sum(), (layers * cu_seqlens.diff()).sum())
+
+    def _count(self, sample_layers: Tensor, token_layers: Tensor) -> None:
+        counts = self._beside(sample_layers)
+        if sample_layers.is_cpu:
+            counts[2] += int(sample_layers)
+            counts[3] += int(token_layers)
+        else:
+            counts[2:4] += torch.stack((sample_layers, token_layers))
+
+    def _beside(self, tensor: Tensor) -> Any:
+        """The counts where ``tensor`` is: numbers on the CPU, a tensor elsewhere."""
+        at = None if tensor.is_cpu else tensor.device
+        if at != getattr(self._counts, "device", None):
+            numbers = [int(count) for count in self._counts]
+            self._counts = numbers if at is None else torch.tensor(numbers, device=at)
+        return self._counts
+
+    def _left(self, num_layers: int) -> tuple[Any, Any]:
+        """Sample-layers and token-layers that may be run now."""
+        samples, tokens, sample_layers, token_layers, longest = self._counts
+        share, room = self.share * num_layers, self.burst * num_layers
+        # The small term undoes rounding, as in whole_layers.
+        return (
+            share * samples + room + 1e-6 - sample_layers,
+            share * tokens + room * longest + 1e-6 - token_layers,
+        )
+
+    def to_config(self) -> dict[str, float]:
+        """Constructor arguments as JSON values; what was seen is not among them."""
+        return {"share": self.share, "burst": self.burst}
+
+    def __repr__(self) -> str:
+        return f"StreamBudget({self.share}, burst={self.burst:g})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.to_config(), "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["share"], state["burst"])
+        self.state = state["state"]

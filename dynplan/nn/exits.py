@@ -2,8 +2,8 @@
 
 An exit after a path of layers gives, from the mean of a sample's rows, the state that the model's own head
 reads in first position. So every exit answers in the model's own terms, whatever its head is, with a matrix
-``(H, H)`` of its own. Heads on the way are those of deeply supervised nets (Lee et al., arXiv 1409.5185) and of
-BranchyNet (arXiv 1709.01686), trained against the full path's answer as in FastBERT (arXiv 2004.02178).
+``(H, H)`` of its own. Heads on the way are those of deeply supervised nets (Lee et al., arXiv 1409.5185) and
+of BranchyNet (arXiv 1709.01686), trained against the full path's answer as in FastBERT (arXiv 2004.02178).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynplan.nn.planner import check_sizes, pool
+from dynplan.nn.planner import PLANNERS, check_sizes, pool
 
 
 class Exits(nn.Module):
@@ -48,9 +48,7 @@ class Exits(nn.Module):
         self.depths = tuple(_whole(depth) for depth in depths)
         inside = all(1 <= depth < num_layers for depth in self.depths)
         if not self.depths or not inside or list(self.depths) != sorted(set(self.depths)):
-            raise ValueError(
-                f"Exits: expected depths to rise within 1..{num_layers - 1}, got {list(depths)}"
-            )
+            raise ValueError(f"Exits: expected depths to rise within 1..{num_layers - 1}, got {list(depths)}")
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.regression = bool(regression)
@@ -110,6 +108,9 @@ class Exits(nn.Module):
             "depths": list(self.depths),
             "regression": self.regression,
         }
+
+
+PLANNERS["Exits"] = Exits
 
 
 def _whole(value: Any) -> int:

@@ -298,7 +298,14 @@ class StepwisePlanner(nn.Module):
         }
 
 
-def planner_from_config(config: Mapping[str, Any]) -> UpfrontPlanner | StepwisePlanner:
+# What a description on disk may name.
+PLANNERS: dict[str, type[nn.Module]] = {
+    "UpfrontPlanner": UpfrontPlanner,
+    "StepwisePlanner": StepwisePlanner,
+}
+
+
+def planner_from_config(config: Mapping[str, Any]) -> nn.Module:
     """Build the planner that ``to_config`` described, with fresh weights.
 
     Raises:
@@ -307,19 +314,18 @@ def planner_from_config(config: Mapping[str, Any]) -> UpfrontPlanner | StepwiseP
     if not isinstance(config, Mapping):
         raise ValueError(f"planner_from_config: expected a mapping, got {type(config).__name__}")
     options = dict(config)
-    kinds = {"UpfrontPlanner": UpfrontPlanner, "StepwisePlanner": StepwisePlanner}
     kind = options.pop("type", None)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"planner_from_config: expected type to be one of {sorted(kinds)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in PLANNERS:
+        raise ValueError(f"planner_from_config: expected type to be one of {sorted(PLANNERS)}, got {kind!r}")
     try:
         # Without memory first: sizes that come from a file may ask for any amount of it.
         with torch.device("meta"):
-            numbers = sum(parameter.numel() for parameter in kinds[kind](**options).parameters())
+            numbers = sum(parameter.numel() for parameter in PLANNERS[kind](**options).parameters())
         if numbers > _LARGEST_PLANNER:
             raise ValueError(
                 f"planner_from_config: expected at most {_LARGEST_PLANNER} parameters, got {numbers}"
             )
-        return kinds[kind](**options)
+        return PLANNERS[kind](**options)
     except TypeError as error:
         raise ValueError(
             f"planner_from_config: expected the arguments of {kind}, got {sorted(options)}"

@@ -8,13 +8,18 @@ count in B. Nothing here reads a device value back to the host.
 
 from dynplan.budget import check_budget
 from dynplan.policies.base import PlanRequest, Policy, policy_from_config
+from dynplan.policies.exits import ConfidenceExit, EntropyExit, LearnedExit, PatienceExit
 from dynplan.policies.paths import FixedPath, HashPath, KeepAll, RandomPath, StaticPath
 from dynplan.policies.planner import PlannerPolicy
 
 __all__ = [
+    "ConfidenceExit",
+    "EntropyExit",
     "FixedPath",
     "HashPath",
     "KeepAll",
+    "LearnedExit",
+    "PatienceExit",
     "PlanRequest",
     "PlannerPolicy",
     "Policy",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dynplan.budget import check_budget
+from dynplan.stream_budget import StreamBudget
 
 
 @dataclass(slots=True)
@@ -24,6 +25,10 @@ class PlanRequest:
         budget: share of layer work for this batch, 0..1, or None: the policy's own.
         input_ids: integer ``(B, S)`` as the model got them, or None (``inputs_embeds``).
         attention_mask: ``(B, S)``, nonzero at tokens, or None: all are tokens.
+        stream: the budget over all batches, or None; ``budget`` is its share then.
+        answer: the model's own head, ``(B, H)`` -> logits ``(B, C)``: what it answers where it reads these
+            states in first position; or None where the model has no such head.
+        memory: for what a policy wants to remember within a forward.
     """
 
     batch_size: int
@@ -33,6 +38,9 @@ class PlanRequest:
     budget: float | None = None
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
+    stream: StreamBudget | None = None
+    answer: Callable[[Tensor], Tensor] | None = None
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -48,12 +56,16 @@ class Policy:
 
     Set ``reads_hidden = False`` on an upfront policy that never looks at ``request.hidden``:
     :func:`dynplan.capture` then lets it plan outside of the CUDA graph, where it may draw random numbers, and
-    one graph serves all its plans.
+    one graph serves all its plans. With ``takes_stream`` a policy spends a :class:`~dynplan.StreamBudget`
+    itself; one with ``reads_answers`` asks ``request.answer``, and its exits may read a sample
+    (:meth:`reads`).
     """
 
     stepwise: ClassVar[bool] = False
     reads_hidden: ClassVar[bool] = True
     takes_budget: ClassVar[bool] = False
+    takes_stream: ClassVar[bool] = False
+    reads_answers: ClassVar[bool] = False
     registry: ClassVar[dict[str, type[Policy]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -63,6 +75,11 @@ class Policy:
     def plan(self, request: PlanRequest) -> Tensor:
         """Whole plan, bool ``(B, L)`` on the request's device."""
         raise NotImplementedError(f"{type(self).__name__}: expected plan() to be defined by the policy")
+
+    def asks(self, request: PlanRequest) -> Sequence[int]:
+        """The layers before which a stepwise policy decides, rising from 0: all of them by default. Until the
+        next one, what :meth:`keep` said stands."""
+        return range(request.num_layers)
 
     def keep(self, layer: int, request: PlanRequest, hidden: Tensor, plan: Tensor) -> Tensor:
         """Decision for ``layer``, bool ``(B,)``, of a stepwise policy.
@@ -74,6 +91,17 @@ class Policy:
             plan: bool ``(B, L)``, decisions so far; False from ``layer`` on.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected keep() to be defined by the policy")
+
+    def reads(self, request: PlanRequest, hidden: Tensor, plan: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which head reads a sample: the samples that an exit of the policy's reads, bool ``(B,)``, and what
+        the model's head shall find in their first position, ``(B, H)``. None: it reads all states itself.
+
+        Args:
+            request: what is known of the batch.
+            hidden: packed states after the last layer, ``(T, H)``.
+            plan: bool ``(B, L)``, all decisions.
+        """
+        return None
 
     def options(self) -> dict[str, Any]:
         """Constructor arguments as JSON values."""

@@ -13,7 +13,8 @@ from dynplan.integrations.huggingface.arguments import longest
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.integrations.huggingface.families import Family
 from dynplan.plans import Gates
-from dynplan.policies import Policy, check_budget
+from dynplan.policies import PlanRequest, Policy, check_budget
+from dynplan.stream_budget import StreamBudget
 
 
 class _Forward(NamedTuple):
@@ -35,13 +36,22 @@ class Controller:
         family: of it.
         policy: decides the plans.
         weights: "int8" or "bfloat16": the type that the encoder's products run in; None: the model's own.
+        whole: the model that was swapped: the bare one, or one with a head round it.
     """
 
-    def __init__(self, model: nn.Module, family: Family, policy: Policy, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        policy: Policy,
+        weights: str | None = None,
+        whole: nn.Module | None = None,
+    ) -> None:
         self._model = model
+        self._whole = model if whole is None else whole
         self._family = family
         self._weights = weights
-        self._budget: float | None = None
+        self._budget: float | StreamBudget | None = None
         self._state: EncoderState | None = None
         self._latest = _Forward(None, None)
         self._local = threading.local()
@@ -62,13 +72,61 @@ class Controller:
         self._policy = policy
 
     @property
-    def budget(self) -> float | None:
-        """Share of layer work that each next batch may spend, 0..1; None: the policy's own budget."""
+    def budget(self) -> float | StreamBudget | None:
+        """Share of layer work that each next batch may spend, 0..1; or a :class:`~dynplan.StreamBudget` over
+        all batches; None: the policy's own budget."""
         return self._budget
 
     @budget.setter
-    def budget(self, budget: float | None) -> None:
-        self._budget = None if budget is None else check_budget("dynplan", budget)
+    def budget(self, budget: float | StreamBudget | None) -> None:
+        if budget is not None and not isinstance(budget, StreamBudget):
+            budget = check_budget("dynplan", budget)
+        self._budget = budget
+
+    def request(
+        self,
+        batch_size: int,
+        num_layers: int,
+        hidden: Tensor,
+        cu_seqlens: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> PlanRequest:
+        """What the policy is asked for a batch."""
+        stream = self._budget if isinstance(self._budget, StreamBudget) else None
+        budget = self._budget if stream is None else stream.share
+        inputs = (input_ids, attention_mask)
+        return PlanRequest(batch_size, num_layers, hidden, cu_seqlens, budget, *inputs, stream, self.answer)
+
+    def answer(self, states: Tensor) -> Tensor:
+        """What the model's own head answers where it reads ``states`` in first position.
+
+        Args:
+            states: float ``(B, H)``.
+
+        Returns:
+            Logits ``(B, C)``.
+
+        Raises:
+            NotImplementedError: the model has no head, or one that reads other positions.
+        """
+        whole = self._whole
+        if whole is self._model or not self._model.forward.reads_first:
+            raise NotImplementedError(
+                "dynplan: expected a model whose head reads the first position for a policy with exits, got "
+                f"{type(whole).__name__}"
+            )
+        states = states.unsqueeze(1).to(self._model.dtype)
+        self._local.given = states
+        try:
+            return type(whole).forward(whole, inputs_embeds=states, return_dict=True).logits
+        finally:
+            self._local.given = None
+
+    @property
+    def given(self) -> Tensor | None:
+        """Last states that this thread's forward of the encoder shall return, for :meth:`answer`."""
+        return getattr(self._local, "given", None)
 
     @property
     def planner(self) -> nn.Module | None:
@@ -177,11 +235,11 @@ class Controller:
         self._state = None
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_model", "_family", "_policy", "_weights", "_budget")
+        kept = ("_model", "_family", "_policy", "_weights", "_whole", "_budget")
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_model"], state["_family"], state["_policy"], state["_weights"])
+        self.__init__(*(state[f"_{name}"] for name in ("model", "family", "policy", "weights", "whole")))
         self._budget = state["_budget"]
 
     def __repr__(self) -> str:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dynplan.integrations.huggingface.controller import Controller
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.ops.encode_tokens import encode_tokens
 from dynplan.ops.planned_encoder import offsets_of
 from dynplan.plans import plan_upfront
-from dynplan.policies import KeepAll, PlanRequest, Policy
+from dynplan.policies import KeepAll, PlanRequest
+from dynplan.stream_budget import StreamBudget
 
 
 def run_fast(
     state: EncoderState,
-    policy: Policy,
-    budget: float | None,
+    controller: Controller,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
@@ -30,15 +31,17 @@ def run_fast(
 
     Args:
         state: of an encoder whose layers and embeddings the kernels can stand for.
-        policy, budget: decide the plan.
+        controller: its policy and budget decide the plan.
         input_ids, attention_mask, token_type_ids: see the original model's forward.
         reads_first: whether the state at position 0 is read.
 
     Returns:
         None where the way op by op has to be taken, or to explain an error.
     """
+    policy, budget = controller.policy, controller.budget
     if (
         policy.reads_hidden
+        or isinstance(budget, StreamBudget)
         or policy.stepwise
         or type(input_ids) is not Tensor
         or not input_ids.is_cpu
@@ -84,6 +87,8 @@ class _RequestAhead(PlanRequest):
         self.budget = budget
         self.input_ids = input_ids
         self.attention_mask = attention_mask
+        self.stream = self.answer = None
+        self.memory = {}
 
     @property
     def cu_seqlens(self) -> Tensor:

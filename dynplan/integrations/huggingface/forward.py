@@ -94,6 +94,8 @@ class SwappedForward:
             IndexError: ids outside their table (CPU).
         """
         config = self.model.config
+        if (given := self.controller.given) is not None:
+            return self._output(given, None, True)
         if output_attentions is None:
             output_attentions = config.output_attentions
         if output_hidden_states is None:
@@ -128,8 +130,7 @@ class SwappedForward:
         gates = controller.take_gates()
         reason = "gates are set" if gates is not None else self._why_not_fused(state, inputs[4])
         if reason is None and state.embeddings is not None and not (inputs[3:] != (None, None) or collect):
-            policy, budget = controller.policy, controller.budget
-            done = run_fast(state, policy, budget, *inputs[:3], self.reads_first)
+            done = run_fast(state, controller, *inputs[:3], self.reads_first)
             if done is not None:
                 controller.note(done[1])
                 return done[0], None
@@ -175,19 +176,20 @@ class SwappedForward:
             indices = None
         elif self.reads_first and attention_mask is not None and not padded:
             check_first(attention_mask)
-        request = PlanRequest(
-            batch_size, len(state.layers), hidden, cu_seqlens, controller.budget, input_ids, attention_mask
-        )
+        policy, layers = controller.policy, len(state.layers)
+        request = controller.request(batch_size, layers, hidden, cu_seqlens, input_ids, attention_mask)
         if reason is None and hidden.requires_grad:
             reason = GRADIENTS
             controller.tell(reason, warn=True)
         if reason is None:
-            last, plan, states = run_fused(state, request, controller.policy, collect)
+            last, plan, states = run_fused(state, request, policy, collect)
         else:
-            decide = Decisions(request, controller.policy, gates)
+            decide = Decisions(request, policy, gates)
             if padded:
                 config = self.model.config
                 last, states = run_padded(state, family, config, embedded, attention_mask, decide, collect)
+                packed = pack_padded(last, attention_mask).hidden if policy.reads_answers else last
+                last = last if gates is not None else self._read_by_exits(request, packed, decide.plan, last)
                 return last, states, decide.plan, reason
             last, states = run_packed(state, family, hidden, decide, collect)
             plan = decide.plan
@@ -197,9 +199,22 @@ class SwappedForward:
                 return packed.view(batch_size, length, packed.shape[1])
             return unpack(packed, indices, batch_size, length)
 
-        last = restore(last)
+        packed, last = last, restore(last)
+        last = last if gates is not None else self._read_by_exits(request, packed, plan, last)
         states = None if states is None else (embedded, *map(restore, states[1:-1]), last)
         return last, states, plan, reason
+
+    def _read_by_exits(self, request: PlanRequest, packed: Tensor, plan: Tensor, last: Tensor) -> Tensor:
+        """The last states ``(B, S, H)``; in first position what the head shall read of samples that left."""
+        controller = self.controller
+        if request.stream is not None and not controller.policy.takes_stream:
+            request.stream.record(plan, request.cu_seqlens)
+        reads = controller.policy.reads(request, packed, plan)
+        if reads is None:
+            return last
+        left, states = reads
+        first = torch.where(left.unsqueeze(1), states.to(last.dtype), last[:, 0])
+        return torch.cat((first.unsqueeze(1), last[:, 1:]), 1)
 
     def embed(
         self, state: EncoderState | None, inputs: tuple[Tensor | None, ...], whole: bool, reason: str | None

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.ops.build_dispatch import build_dispatch
-from dynplan.ops.conditional_encoder_layer import conditional_encoder, conditional_encoder_layer
-from dynplan.plans import keep_stepwise, plan_upfront
+from dynplan.ops.conditional_encoder_layer import conditional_encoder
+from dynplan.plans import decide, plan_upfront
 from dynplan.policies import PlanRequest, Policy
 
 
@@ -35,22 +35,20 @@ def run_fused(
     elif hidden.dtype == torch.float16:
         hidden = hidden.float()
     states = [request.hidden] if collect else None
+    layers = request.num_layers
     if policy.stepwise:
-        plan = torch.zeros(request.batch_size, request.num_layers, dtype=torch.bool, device=hidden.device)
+        plan = torch.zeros(request.batch_size, layers, dtype=torch.bool, device=hidden.device)
     else:
         plan = plan_upfront(policy, request)
-        dispatch = build_dispatch(plan, offsets, capacity)
-        if not collect:
-            hidden = conditional_encoder(hidden, dispatch, None, *options, packed_weights=packed)
-            return hidden.to(came), plan, None
-    for index, weights in enumerate(packed):
-        if policy.stepwise:
-            keep = keep_stepwise(policy, index, request, hidden, plan)
-            plan[:, index] = keep
-            step = build_dispatch(keep, offsets, capacity)
-        else:
-            step = dispatch.layer(index)
-        hidden = conditional_encoder_layer(hidden, step, None, *options, packed_weights=weights)
-        if collect:
-            states.append(hidden.to(came))
+    layer = 0
+    while layer < layers:
+        until = decide(policy, layer, request, hidden, plan) if policy.stepwise else layers
+        steps = range(layer, until) if collect else (layer,)
+        for first in steps:
+            last = first + 1 if collect else until
+            dispatch = build_dispatch(plan[:, first:last].contiguous(), offsets, capacity)
+            hidden = conditional_encoder(hidden, dispatch, None, *options, packed_weights=packed[first:last])
+            if collect:
+                states.append(hidden.to(came))
+        layer = until
     return hidden.to(came), plan, states

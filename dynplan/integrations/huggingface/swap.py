@@ -61,7 +61,7 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
             raise ValueError(f"swap: expected {type(model).__name__} without an attribute {name}, got one")
     if weights is not None:
         _check_weights(bare, weights)
-    controller = Controller(bare, family, KeepAll() if policy is None else policy, weights)
+    controller = Controller(bare, family, KeepAll() if policy is None else policy, weights, model)
     refused = controller.state().why_refused
     if refused is not None:
         raise NotImplementedError(f"swap: {refused}")

@@ -25,8 +25,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from dynplan.integrations.huggingface.arguments import check_mask
 from dynplan.integrations.huggingface.encoder_state import GRADIENTS, EncoderState, layer_tensors
 from dynplan.ops.planned_encoder import check_first, offsets_of, pack_padded, planned_encoder
-from dynplan.plans import check_budget_is_heard, keep_stepwise, plan_upfront
-from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, PlanRequest, StaticPath
+from dynplan.plans import check_budget_is_heard, decide, plan_upfront
+from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, StaticPath
 from dynplan.snapshot import own_forward
 
 if TYPE_CHECKING:
@@ -183,12 +183,12 @@ def swapped_plan(
     if attention_mask is not None:
         attention_mask = check_mask(attention_mask, *hidden.shape[:2])
     rows, _, offsets = pack_padded(hidden, attention_mask)
-    request = PlanRequest(*plan.shape, rows, offsets, controller.budget, input_ids, attention_mask)
+    request = controller.request(*plan.shape, rows, offsets, input_ids, attention_mask)
     with torch.no_grad(), _autocast((hidden,), autocast):
-        if policy.stepwise:
-            plan[:, layer] = keep_stepwise(policy, layer, request, rows, plan)
-        else:
+        if not policy.stepwise:
             plan.copy_(plan_upfront(policy, request))
+        elif layer in policy.asks(request):
+            decide(policy, layer, request, rows, plan)
     controller.note(plan.clone(), GRADIENTS)
     return plan
 
@@ -204,6 +204,8 @@ def _begin(forward: SwappedForward, attention_mask: Tensor | None) -> None:
     refused = controller.state().why_refused
     if controller.take_gates() is not None:
         refused = "gates cannot be set for a compiled model with gradients: call the model itself"
+    if controller.policy.reads_answers:
+        refused = "exits cannot answer in a compiled model with gradients: call the model itself"
     if refused is not None:
         raise NotImplementedError(f"dynplan: {refused}")
     if attention_mask is not None and forward.reads_first:
@@ -306,7 +308,7 @@ def _recorded_plan(
         rows = rows[padding.to(torch.int8).argsort(stable=True)]
         offsets = offsets_of(mask)
     layers = len(controller.layers)
-    request = PlanRequest(batch_size, layers, rows, offsets, controller.budget, input_ids, mask)
+    request = controller.request(batch_size, layers, rows, offsets, input_ids, mask)
     check_budget_is_heard(policy, request)
     return None if type(policy) is KeepAll else policy.plan(request)
 
