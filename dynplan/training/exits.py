@@ -1,0 +1,267 @@
+"""Training exits by deep supervision, and choosing per budget which of them are asked.
+
+One forward on the full path trains everything: its loss, and at each exit the loss and the divergence from
+the full path's answer. What DPBERT (arXiv 2308.00108) does is not published; weights and schedule here are ours.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynplan.nn.exits import Exits
+from dynplan.policies import ConfidenceExit, KeepAll
+from dynplan.training.data import Task
+from dynplan.training.losses import path_divergence, sample_losses
+from dynplan.training.metrics import task_metrics
+from dynplan.training.predict import beside, make_batches
+from dynplan.training.trainer import PlainTrainer
+
+GRID = 64  # budgets that a table knows: 0, 1/64, ..., 1
+_LONGEST_CHAIN = 3
+_SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+
+
+def default_depths(num_layers: int) -> tuple[int, ...]:
+    """Where exits are worth having: 2, 3, 4, 6, 8 and 10 of 12 layers; a model of one layer has none."""
+    depths = {max(1, round(share * num_layers)) for share in _SHARES}
+    return tuple(sorted(depth for depth in depths if depth < num_layers))
+
+
+class ExitLearner(nn.Module):
+    """What Trainer trains and saves: the swapped model and its exits."""
+
+    def __init__(self, model: nn.Module, exits: Exits):
+        super().__init__()
+        self.model, self.exits = model, exits
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean of each sample's tokens, ``(B, H)``, of ``(B, S, H)``; what :func:`dynplan.nn.planner.pool` gives
+    for packed rows."""
+    weights = (mask != 0).to(states.dtype).unsqueeze(2)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+class ExitTrainer(PlainTrainer):
+    """Fine-tunes a swapped model together with its exits.
+
+    loss = L(full) + sum over exits of w_d (L(exit) + ``distill`` * divergence(exit from full)), where w_d is
+    half of the exit's share of the layers. What the exits say of their own answers learns beside, without a
+    gradient into the encoder. Checkpoints are ranked by the mean of the full path's score and that of the
+    exits' mean.
+    """
+
+    stage = "exits"
+
+    def __init__(
+        self, learner: ExitLearner, *args, distill: float = 1.0, exit_learning_rate: float = 1e-3, **kwargs
+    ):
+        super().__init__(learner, *args, **kwargs)
+        self.distill, self.exit_learning_rate = distill, exit_learning_rate
+        self.eval_batches = make_batches(self.eval_dataset, self.processing_class, 32, by_length=True)
+
+    def create_optimizer(self, *args, **kwargs):
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+            for name, parameter in self.model.named_parameters():
+                groups.setdefault((name in decayed, name.startswith("exits.")), []).append(parameter)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            rates = {True: self.exit_learning_rate, False: self.args.learning_rate}
+            self.optimizer = kind(
+                [
+                    {
+                        "params": parameters,
+                        "weight_decay": self.args.weight_decay * decay,
+                        "lr": rates[of_exits],
+                    }
+                    for (decay, of_exits), parameters in groups.items()
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        learner = self.accelerator.unwrap_model(model)
+        control, exits = learner.model.dynplan, learner.exits
+        control.policy = KeepAll()
+        output = model(**inputs, output_hidden_states=True)
+        loss = sample_losses(self.task, output.logits, labels)
+        for index, depth in enumerate(exits.depths):
+            pooled = masked_mean(output.hidden_states[depth], inputs["attention_mask"])
+            answers = control.answer(exits(index, pooled))
+            mine = sample_losses(self.task, answers, labels)
+            apart = path_divergence(self.task, answers, output.logits)
+            loss = loss + 0.5 * depth / exits.num_layers * (mine + self.distill * apart)
+            loss = loss + _of_itself(exits, index, pooled.detach(), answers.detach(), labels)
+        return loss.mean()
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        learner = self.accelerator.unwrap_model(self.model)
+        answers = exit_answers(learner.model, learner.exits, self.eval_batches, self.task)
+        scores = [task_metrics(self.task, answers.logits[:, i].numpy(), answers.labels.numpy())["score"]
+                  for i in range(answers.logits.shape[1])]  # fmt: skip
+        exits = sum(scores[:-1]) / len(scores[:-1])
+        figures = {
+            "full_score": scores[-1], "exit_score": exits, "score": (scores[-1] + exits) / 2
+        }  # fmt: skip
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+
+def _of_itself(exits: Exits, index: int, pooled: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
+    """Loss of what an exit says of its own answers, ``(B,)``."""
+    if exits.errors is not None:
+        error = (answers[:, 0] - labels).square()
+        said = -exits.sureness(index, answers, pooled)
+        return F.mse_loss(said, (error + 1e-3).log(), reduction="none")
+    right = (answers.argmax(1) == labels).float()
+    return F.binary_cross_entropy_with_logits(
+        exits.certainty[index](pooled).squeeze(1), right, reduction="none"
+    )
+
+
+@dataclass(frozen=True)
+class ExitAnswers:
+    """What every exit and the full path say of some rows.
+
+    logits: float ``(N, R + 1, C)``, the full path's last; pooled: ``(N, R, H)``; labels ``(N,)``; lengths:
+    tokens, ``(N,)``.
+    """
+
+    logits: Tensor
+    pooled: Tensor
+    labels: Tensor
+    lengths: Tensor
+
+    def qualities(self, task: Task) -> Tensor:
+        """How good each answer is, ``(N, R + 1)``: as :meth:`dynplan.training.predict.Prediction.quality`."""
+        rungs = []
+        for logits in self.logits.unbind(1):
+            losses = sample_losses(task, logits, self.labels)
+            if task.kind == "regression":
+                rungs.append(-losses)
+            else:
+                rungs.append(((logits.argmax(1) == self.labels) + losses.neg().exp()) / 2)
+        return torch.stack(rungs, 1)
+
+
+@torch.no_grad()
+def exit_answers(model: nn.Module, exits: Exits, batches: list[dict], task: Task) -> ExitAnswers:
+    """Run ``batches`` once on the full path and read it at every exit. The policy is restored."""
+    control, training = model.dynplan, model.training
+    policy, budget = control.policy, control.budget
+    control.policy, control.budget = KeepAll(), None
+    model.eval()
+    parts = []
+    for batch in batches:
+        batch = beside(model, batch)
+        labels = batch["labels"]
+        output = model(**{key: value for key, value in batch.items() if key != "labels"},
+                       output_hidden_states=True)  # fmt: skip
+        mask = batch["attention_mask"]
+        pooled = [masked_mean(output.hidden_states[depth], mask).float() for depth in exits.depths]
+        logits = [control.answer(exits(index, mean)).float() for index, mean in enumerate(pooled)]
+        logits = torch.stack((*logits, output.logits.float()), 1)
+        parts.append([part.cpu() for part in (logits, torch.stack(pooled, 1), labels, mask.sum(1))])
+    model.train(training)
+    control.policy, control.budget = policy, budget
+    return ExitAnswers(*map(torch.cat, zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def calibrate(exits: Exits, answers: ExitAnswers, task: Task, kind: type = ConfidenceExit) -> ConfidenceExit:
+    """A policy with tables for every budget, measured on rows that nothing was trained on.
+
+    Temperatures minimise the loss of each exit's answers (Guo et al., arXiv 1706.04599); then every chain of
+    one to three exits, the full path among them, is tried with thresholds for every budget. At each budget
+    the best one is taken, and where more layers are no better the cheaper one stays. Kinds other than
+    :class:`~dynplan.policies.ConfidenceExit` ask every exit, as they were published.
+
+    Args:
+        exits: whose temperatures are set, for classes.
+        answers: theirs, of held-out rows.
+        task: of the labels.
+        kind: of the policy.
+    """
+    exits.to("cpu")
+    if task.kind != "regression":
+        exits.temperatures.copy_(torch.tensor(
+            [_temperature(logits, answers.labels) for logits in answers.logits.unbind(1)]))  # fmt: skip
+    qualities = answers.qualities(task)
+    every = (*exits.depths, exits.num_layers)
+    sureness = _sureness(kind(exits), answers)
+    chains = [every]
+    if kind is ConfidenceExit:
+        chains = [c for size in range(1, _LONGEST_CHAIN + 1) for c in itertools.combinations(every, size)]
+    tables = [_table(chain, every, sureness, qualities, kind) for chain in chains]
+    best, choice, kept = (-torch.inf, None), [], {}
+    for place in range(GRID + 1):
+        for index, (_, scores) in enumerate(tables):
+            if scores[place] > best[0]:
+                best = (scores[place], index)
+        cheapest = min(range(len(chains)), key=lambda index: chains[index][0])
+        choice.append(cheapest if best[1] is None else best[1])
+    for index in choice:
+        kept.setdefault(index, len(kept))
+    return kind(
+        exits,
+        1.0,
+        [chains[index] for index in kept],
+        [kept[index] for index in choice],
+        [tables[index][0] for index in kept],
+    )
+
+
+def _sureness(policy: ConfidenceExit, answers: ExitAnswers) -> Tensor:
+    """``(N, R)``."""
+    request = SimpleNamespace(memory={})  # as one forward over all rows
+    pairs = zip(answers.logits.unbind(1), answers.pooled.unbind(1), strict=False)
+    said = [policy.sureness(index, logits, pooled, request) for index, (logits, pooled) in enumerate(pairs)]
+    return torch.stack(said, 1)
+
+
+def _temperature(logits: Tensor, labels: Tensor) -> float:
+    grid = torch.logspace(-1, 1, 81, base=4).tolist()  # a quarter to four
+    return min(grid, key=lambda t: float(F.cross_entropy(logits / t, labels)))
+
+
+def _table(
+    chain: tuple[int, ...], every: tuple[int, ...], sureness: Tensor, qualities: Tensor, kind: type
+) -> tuple[list[float], list[float]]:
+    """Thresholds and mean qualities of a chain at each budget of the grid; minus infinity where the budget
+    does not pay for the chain's first exit."""
+    rungs = [every.index(depth) for depth in chain]
+    rows = torch.arange(len(qualities))
+    asked = sureness[:, rungs[:-1]]
+    levels = asked.flatten().unique()
+    if len(levels) > 257:
+        levels = levels[torch.linspace(0, len(levels) - 1, 257).round().long()]
+    # From nobody who goes on to all: a threshold no answer reaches comes last.
+    levels = torch.cat((levels, levels.new_full((1,), 3e38))) if len(levels) else levels.new_zeros(1)
+    depths = torch.tensor(chain, dtype=torch.float32)
+    costs, scores = [], []
+    for level in levels:
+        stops = torch.cat((asked >= level, torch.ones(len(rows), 1, dtype=torch.bool)), 1).int().argmax(1)
+        costs.append(float(depths[stops].mean()))
+        scores.append(float(qualities[rows, torch.tensor(rungs)[stops]].mean()))
+    thresholds, reached = [], []
+    for place in range(GRID + 1):
+        paid = [i for i, cost in enumerate(costs) if cost <= place / GRID * every[-1] + 1e-6]
+        best = max(paid, key=lambda i: (scores[i], -i), default=None) if kind is ConfidenceExit else (
+            paid[-1] if paid else None)  # fmt: skip
+        thresholds.append(float(levels[0]) if best is None else float(levels[best]))
+        reached.append(-torch.inf if best is None else scores[best])
+    return thresholds, reached
