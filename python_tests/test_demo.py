@@ -34,5 +34,7 @@ def test_demo_replaces_an_earlier_one_and_reports(tiny_model, rows, tmp_path, mo
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [(row["name"], row["budget"]) for row in results["rows"]]
     assert names[:3] == [("Hugging Face (sdpa)", None), ("dynplan keep-all", None), ("planner", 1.0)]
-    assert {("planner", 0.75), ("random path", 0.5), ("best fixed subset", 0.75)} <= set(names)
+    rivals = ("fixed depth", "patience exit", "entropy exit", "learned exit")
+    assert {("planner", 0.75), *((name, 0.5) for name in rivals)} <= set(names)
+    assert results["rows"][3]["stream_score"] is not None
     assert {"report.md", "paths.png", "tradeoff.png"} <= {path.name for path in (tmp_path / "out").iterdir()}

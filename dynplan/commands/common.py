@@ -20,6 +20,7 @@ from dynplan.training import (
     load_tokenizer,
     plain_model,
     planner_plans,
+    read_rivals,
     rich_table,
     verdict,
     write_report,
@@ -98,6 +99,7 @@ def evaluate_folder(
         batch_sizes=(1, 32) if seconds else (),
         seconds=seconds,
         weights=weights,
+        rivals=read_rivals(folder, model.dynplan.planner) if recipe.get("planner") == "exits" else None,
     )
     console = Console(markup=False, highlight=False)  # titles and labels may hold brackets
     console.print(rich_table(task, results, title))

@@ -25,13 +25,14 @@ def command(
         str, typer.Option(help="auto, classification, regression or a GLUE name (its own figures).")
     ] = "auto",
     plain_epochs: Annotated[float, typer.Option(help="Epochs of ordinary fine-tuning first.")] = 0.0,
+    exit_epochs: Annotated[float, typer.Option(help="Epochs with exits on the way.")] = 3.0,
     robust_epochs: Annotated[
-        float, typer.Option(help="Epochs with a random path per sample beside the full one.")
+        float, typer.Option(help="Epochs with a random path per sample beside the full one; not for exits.")
     ] = 3.0,
     planner_epochs: Annotated[
         float, typer.Option(help="Epochs of planner learning; 0: best fixed subset only.")
     ] = 3.0,
-    planner: Annotated[str, typer.Option(help="upfront or stepwise.")] = "upfront",
+    planner: Annotated[str, typer.Option(help="exits, upfront or stepwise.")] = "exits",
     planner_objective: Annotated[
         str | None,
         typer.Option(help="gates, reward or values.", show_default="values; gates if stepwise"),
@@ -39,6 +40,7 @@ def command(
     budgets: Annotated[str, typer.Option(help="Budgets to prepare for, comma-separated.")] = "0.75,0.5",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     learning_rate: Annotated[float, typer.Option()] = 5e-5,
+    exit_learning_rate: Annotated[float, typer.Option(help="Of the exits' heads.")] = 1e-3,
     robust_learning_rate: Annotated[float | None, typer.Option(show_default="--learning-rate")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens; longer rows are cut.")] = 128,
     planner_rows: Annotated[int, typer.Option(min=1, help="Training rows the planner learns from.")] = 2000,
@@ -56,13 +58,14 @@ def command(
         bool, typer.Option("--resume", help="Go on with the run in --output, under the same settings.")
     ] = False,
 ) -> None:
-    """Fine-tune an encoder so that it stands layer bypass, then learn its planner."""
+    """Fine-tune an encoder with exits on the way, or so that it stands layer bypass with a planner."""
     need("train", "accelerate", "sklearn", "scipy")
     from dynplan.commands.common import evaluate_folder, parse_budgets, quiet, set_threads
     from dynplan.training import Recipe, finetune
 
     recipe = Recipe(
         plain_epochs=plain_epochs,
+        exit_epochs=exit_epochs,
         robust_epochs=robust_epochs,
         planner_epochs=planner_epochs,
         planner=planner,
@@ -70,6 +73,7 @@ def command(
         budgets=parse_budgets(budgets),
         batch_size=batch_size,
         learning_rate=learning_rate,
+        exit_learning_rate=exit_learning_rate,
         robust_learning_rate=robust_learning_rate,
         max_length=max_length,
         planner_rows=planner_rows,
@@ -98,7 +102,7 @@ def command(
         raise typer.Exit(130) from stop
     except WriteError as error:
         raise InputError(f"{error}; with room made, the same command with --resume goes on") from error
-    if held_out and planner_epochs > 0:
+    if held_out and (planner == "exits" or planner_epochs > 0):
         evaluate_folder(output, held_out, f"{output.name} on {evaluation.name}", recipe.budgets, seconds=0)
 
 

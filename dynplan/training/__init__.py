@@ -5,7 +5,7 @@ from dynplan.training.data import Task, encode_labels, encode_rows, infer_task
 from dynplan.training.evaluate import Row, evaluate, plain_model, planner_plans
 from dynplan.training.models import check_tokens, load, load_tokenizer
 from dynplan.training.recipe import finetune
-from dynplan.training.record import check_output, load_run
+from dynplan.training.record import check_output, load_run, read_rivals
 from dynplan.training.report import rich_table, verdict, write_report
 from dynplan.training.rows import Columns, read_rows
 from dynplan.training.settings import Recipe
@@ -29,6 +29,7 @@ __all__ = [
     "plain_model",
     "planner_plans",
     "read_rows",
+    "read_rivals",
     "rich_table",
     "verdict",
     "write_report",

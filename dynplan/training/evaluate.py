@@ -4,6 +4,7 @@ model.
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from transformers import AutoModelForSequenceClassification
 import dynplan
 from dynplan.benchmarking import interleave
 from dynplan.errors import InputError
-from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
+from dynplan.nn.exits import Exits
+from dynplan.policies import ConfidenceExit, KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
+from dynplan.stream_budget import StreamBudget
 from dynplan.training.data import EncodedDataset, Task
 from dynplan.training.models import load
 from dynplan.training.predict import beside, make_batches, predict
@@ -33,7 +36,8 @@ class Row:
     figures: the task's, with ``score``; sample_layers, token_layers: share of the work run, 0..1; latency_ms:
     median milliseconds per sentence at each batch size, keyed ``"1"`` and ``"32"``; spread: standard
     deviation of ``score`` over the seeds of a random path, else 0; rival_score: for a planner, what best
-    fixed subsets score when mixed to the same share of layers.
+    fixed subsets score when mixed to the same share of layers; stream_score, stream_layers: of policies with
+    exits one text at a time, under a stream's budget, with which batch 1 is timed.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Row:
     token_layers: float
     spread: float = 0.0
     rival_score: float | None = None
+    stream_score: float | None = None
+    stream_layers: float | None = None
     latency_ms: dict[str, float] = field(default_factory=dict)
 
 
@@ -52,14 +58,21 @@ class _Contestant:
     budget: float | None
     model: nn.Module
     policies: list[Policy | None]
+    stream: StreamBudget | None = None
 
-    def arm(self, index: int = 0) -> None:
+    def __post_init__(self) -> None:
+        if self.budget is not None and self.budget < 1 and getattr(self.policies[0], "takes_stream", False):
+            self.stream = StreamBudget(self.budget)
+
+    def arm(self, index: int = 0, batch_size: int = 32) -> None:
         if self.policies[index] is not None:
-            self.model.dynplan.budget = None
-            self.model.dynplan.policy = self.policies[index]
+            control = self.model.dynplan
+            control.policy, control.budget = self.policies[index], None
+            if self.policies[index].takes_budget:
+                control.budget = self.stream if batch_size == 1 and self.stream else self.budget
 
     def run(self, batch: dict) -> None:
-        self.arm()
+        self.arm(batch_size=len(batch["input_ids"]))
         self.model(**batch)
 
 
@@ -81,10 +94,16 @@ def reduced_twin(model: nn.Module, weights: str) -> nn.Module:
 
 
 def contestants(
-    model: nn.Module, plain: nn.Module, static: dict, budgets, weights: tuple[str, ...] = ()
+    model: nn.Module,
+    plain: nn.Module,
+    static: dict,
+    budgets,
+    weights: tuple[str, ...] = (),
+    rivals: Mapping[str, Policy] | None = None,
 ) -> list[_Contestant]:
-    """Hugging Face, keep-all, then planner, random path and best fixed subset at every budget; then, for each
-    of ``weights``, keep-all and the planner at every budget below 1 once more.
+    """Hugging Face, keep-all, then planner, random path and best fixed subset at every budget, or planner and
+    ``rivals`` where it has exits; then, for each of ``weights``, keep-all and the planner at every budget
+    below 1 once more.
 
     Raises InputError when the model's policy is not a planner's.
     """
@@ -98,9 +117,16 @@ def contestants(
         _Contestant("Hugging Face (sdpa)", None, plain, [None]),
         _Contestant("dynplan keep-all", None, model, [KeepAll()]),
     ]
+    exits = isinstance(planner, Exits)
+
+    def planned(budget: float) -> list[Policy]:
+        return [model.dynplan.policy if exits else PlannerPolicy(planner, budget)]
+
     for budget in budgets:
-        rows.append(_Contestant("planner", budget, model, [PlannerPolicy(planner, budget)]))
-        if budget < 1:
+        rows.append(_Contestant("planner", budget, model, planned(budget)))
+        if budget < 1 and exits:
+            rows += [_Contestant(name, budget, model, [rival]) for name, rival in (rivals or {}).items()]
+        elif budget < 1:
             draws = [RandomPath(budget, seed=seed) for seed in range(RANDOM_SEEDS)]
             rows.append(_Contestant("random path", budget, model, draws))
             rows.append(_Contestant("best fixed subset", budget, model, [StaticPath(static, budget)]))
@@ -108,7 +134,7 @@ def contestants(
         twin = reduced_twin(model, dtype)
         rows.append(_Contestant(f"dynplan keep-all, {dtype}", None, twin, [KeepAll()]))
         rows += [
-            _Contestant(f"planner, {dtype}", budget, twin, [PlannerPolicy(planner, budget)])
+            _Contestant(f"planner, {dtype}", budget, twin, planned(budget))
             for budget in budgets
             if budget < 1
         ]
@@ -127,17 +153,20 @@ def evaluate(
     seconds: float = 30.0,
     progress: bool = True,
     weights: tuple[str, ...] = (),
+    rivals: Mapping[str, Policy] | None = None,
 ) -> list[Row]:
     """Score every contestant on ``dataset`` in batches of 32, then time them in turn for about ``seconds`` in
     all.
 
     Timing goes round and round over contestants and batches and takes medians, so that a noisy machine
     disturbs all alike. Each sentence is tokenized before; a time is that of the model's forward alone.
-    ``weights``: "int8", "bfloat16": contestants on such weights besides.
+    ``weights``: "int8", "bfloat16": contestants on such weights besides. ``rivals``: other ways of leaving at
+    the planner's exits, by name.
     """
     policy, budget = model.dynplan.policy, model.dynplan.budget
-    entrants = contestants(model, plain, static, budgets, weights)
+    entrants = contestants(model, plain, static, budgets, weights, rivals)
     batches = make_batches(dataset, tokenizer, 32)
+    singles = make_batches(dataset, tokenizer, 1)
     rows = []
     for contestant in steps(entrants, "scores", progress):
         predictions = []
@@ -155,6 +184,11 @@ def evaluate(
                 pstdev(each["score"] for each in figures),
             )
         )
+        if contestant.stream is not None:
+            contestant.arm(batch_size=1)
+            alone = predict(contestant.model, singles, task)
+            rows[-1].stream_score = alone.figures(task)["score"]
+            rows[-1].stream_layers = alone.sample_layers
     _rival_scores(model, static, batches, task, rows)
     _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress)
     model.dynplan.policy, model.dynplan.budget = policy, budget
@@ -164,7 +198,7 @@ def evaluate(
 @torch.inference_mode()
 def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) -> None:
     for batch_size in batch_sizes:
-        drawn = dataset.sample(16 if batch_size == 1 else 3 * batch_size, seed=1)
+        drawn = dataset.sample(64 if batch_size == 1 else 3 * batch_size, seed=1)
         batches = make_batches(drawn, tokenizer, batch_size)
         for row in rows:
             row.latency_ms[str(batch_size)] = 0.0
@@ -184,15 +218,22 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
 
 
 def _rival_scores(model, static, batches, task, rows: list[Row]) -> None:
-    """Give each planner row the score of best fixed subsets mixed to the very same share of compute.
+    """Give each planner row the score of what is fixed, mixed to the very same share of compute: best fixed
+    subsets, or fixed depths where there are exits.
 
     A subset holds whole layers, a planner's batch need not; running one subset on some samples and a larger
     one on the others gives any share between, and a score between theirs in proportion.
     """
     layers = model.config.num_hidden_layers
-    curve = {}
-    for size in {0, *static, layers}:
-        model.dynplan.policy = StaticPath(static, size / layers)
+    planner, curve = model.dynplan.planner, {}
+    if isinstance(planner, Exits):
+        sizes = (0, *planner.depths, layers)
+        policies = {size: ConfidenceExit(planner, 1.0, [[size or layers]], [0], [[0.0]]) for size in sizes}
+        policies[0] = StaticPath({})
+    else:
+        policies = {size: StaticPath(static) for size in (0, *static, layers)}
+    for size, policy in policies.items():
+        model.dynplan.policy, model.dynplan.budget = policy, size / layers
         curve[size / layers] = predict(model, batches, task).figures(task)["score"]
     for row in rows:
         if row.name == "planner":

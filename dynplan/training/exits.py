@@ -1,7 +1,7 @@
 """Training exits by deep supervision, and choosing per budget which of them are asked.
 
 One forward on the full path trains everything: its loss, and at each exit the loss and the divergence from
-the full path's answer. What DPBERT (arXiv 2308.00108) does is not published; weights and schedule here are ours.
+the full path's answer. What DPBERT (arXiv 2308.00108) does is not published; weights and schedule are ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynplan.nn.exits import Exits
-from dynplan.policies import ConfidenceExit, KeepAll
+from dynplan.policies import ConfidenceExit, EntropyExit, KeepAll, LearnedExit, PatienceExit
 from dynplan.training.data import Task
 from dynplan.training.losses import path_divergence, sample_losses
 from dynplan.training.metrics import task_metrics
@@ -182,7 +182,13 @@ def exit_answers(model: nn.Module, exits: Exits, batches: list[dict], task: Task
 
 
 @torch.no_grad()
-def calibrate(exits: Exits, answers: ExitAnswers, task: Task, kind: type = ConfidenceExit) -> ConfidenceExit:
+def calibrate(
+    exits: Exits,
+    answers: ExitAnswers,
+    task: Task,
+    kind: type[ConfidenceExit] = ConfidenceExit,
+    longest: int = _LONGEST_CHAIN,
+) -> ConfidenceExit:
     """A policy with tables for every budget, measured on rows that nothing was trained on.
 
     Temperatures minimise the loss of each exit's answers (Guo et al., arXiv 1706.04599); then every chain of
@@ -195,6 +201,7 @@ def calibrate(exits: Exits, answers: ExitAnswers, task: Task, kind: type = Confi
         answers: theirs, of held-out rows.
         task: of the labels.
         kind: of the policy.
+        longest: most exits of a chain; 1: one depth for all samples.
     """
     exits.to("cpu")
     if task.kind != "regression":
@@ -205,7 +212,7 @@ def calibrate(exits: Exits, answers: ExitAnswers, task: Task, kind: type = Confi
     sureness = _sureness(kind(exits), answers)
     chains = [every]
     if kind is ConfidenceExit:
-        chains = [c for size in range(1, _LONGEST_CHAIN + 1) for c in itertools.combinations(every, size)]
+        chains = [c for size in range(1, longest + 1) for c in itertools.combinations(every, size)]
     tables = [_table(chain, every, sureness, qualities, kind) for chain in chains]
     best, choice, kept = (-torch.inf, None), [], {}
     for place in range(GRID + 1):
@@ -223,6 +230,16 @@ def calibrate(exits: Exits, answers: ExitAnswers, task: Task, kind: type = Confi
         [kept[index] for index in choice],
         [tables[index][0] for index in kept],
     )
+
+
+def rivals(exits: Exits, answers: ExitAnswers, task: Task) -> dict[str, ConfidenceExit]:
+    """Other ways of leaving, with the same exits and calibrated on the same rows, by the name they have in
+    reports."""
+    kinds = {"patience exit": PatienceExit}
+    if task.kind != "regression":
+        kinds |= {"entropy exit": EntropyExit, "learned exit": LearnedExit}
+    found = {name: calibrate(exits, answers, task, kind) for name, kind in kinds.items()}
+    return {"fixed depth": calibrate(exits, answers, task, longest=1), **found}
 
 
 def _sureness(policy: ConfidenceExit, answers: ExitAnswers) -> Tensor:

@@ -1,9 +1,9 @@
-"""The whole recipe, stage by stage: plain, robust, static, planner. Each stage leaves a folder that a resumed
-run reuses.
+"""The whole recipe, stage by stage: plain, then exits; or plain, robust, static, planner. Each stage leaves a
+folder that a resumed run reuses.
 
 What DPBERT (arXiv 2308.00108) does between "fine-tune" and "plan" is not published; stages, losses and
 schedules here are ours. Only training rows are used: a slice of them is held out of fine-tuning to rank
-checkpoints, to find the best fixed paths and to stop the planner.
+checkpoints, to find the best fixed paths, to choose among exits and to stop the planner.
 """
 
 import json
@@ -18,11 +18,19 @@ import dynplan
 from dynplan.budget import whole_layers
 from dynplan.errors import InputError, WriteError
 from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
-from dynplan.nn import StepwisePlanner, UpfrontPlanner
-from dynplan.policies import PlannerPolicy, StaticPath
+from dynplan.nn import Exits, StepwisePlanner, UpfrontPlanner
+from dynplan.policies import PlannerPolicy, Policy, StaticPath
 from dynplan.search import search_static_path
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
+from dynplan.training.exits import (
+    ExitLearner,
+    ExitTrainer,
+    calibrate,
+    default_depths,
+    exit_answers,
+    rivals,
+)
 from dynplan.training.menu import candidate_paths, choose_menu
 from dynplan.training.models import check_tokens, load_classifier, load_tokenizer
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
@@ -30,12 +38,14 @@ from dynplan.training.predict import make_batches, path_qualities, predict
 from dynplan.training.progress import StageProgress, say, steps
 from dynplan.training.record import (
     RECIPE,
+    RIVALS,
     STATIC,
     check_output,
     check_same_run,
     describe_run,
     read_static,
     record_run,
+    write_rivals,
     write_static,
 )
 from dynplan.training.settings import Recipe
@@ -94,11 +104,14 @@ class _Run:
         config = self._load(self.source).config
         for part in (self.fit, self.held):
             check_tokens(part, self.tokenizer, config)
-        epochs = {"plain": recipe.plain_epochs, "robust": recipe.robust_epochs, "static": 1}
-        epochs["planner"] = recipe.planner_epochs
+        epochs = {"plain": recipe.plain_epochs}
+        if recipe.planner == "exits":
+            epochs["exits"] = recipe.exit_epochs
+        else:
+            epochs |= {"robust": recipe.robust_epochs, "static": 1, "planner": recipe.planner_epochs}
         self.stages = [stage for stage, count in epochs.items() if count > 0]
         say(describe_task(self.task, rows), progress)
-        drop_unfinished(self.output, (RECIPE, STATIC, "metrics.jsonl"))
+        drop_unfinished(self.output, (RECIPE, STATIC, RIVALS, "metrics.jsonl"))
         if not self.resume:
             record_run(self.output, described)
 
@@ -114,14 +127,20 @@ class _Run:
             folder = self._fit_encoder(
                 folder, PlainTrainer, self.recipe.plain_epochs, self.recipe.learning_rate
             )
+        if self.recipe.planner == "exits":
+            model = self._fit_exits(folder)
+            return self._finish(model, model.dynplan.policy)
         if self.recipe.robust_epochs > 0:
             rate = self.recipe.robust_learning_rate or self.recipe.learning_rate
             folder = self._fit_encoder(folder, RobustTrainer, self.recipe.robust_epochs, rate)
         model = self._load_swapped(folder).to("cuda" if torch.cuda.is_available() else "cpu")
         static = self._search(model)
         planner = self._learn(model, static)
+        return self._finish(model, PlannerPolicy(planner) if planner is not None else static)
+
+    def _finish(self, model: nn.Module, policy: Policy) -> nn.Module:
         model.requires_grad_(True)
-        model.dynplan.policy = PlannerPolicy(planner) if planner is not None else static
+        model.dynplan.policy = policy
         with writing(self.output):
             unfinished = self._save(model)
             # Without dynplan.json the folder is not taken for a finished one.
@@ -190,6 +209,47 @@ class _Run:
             (unfinished / _DONE).write_text(json.dumps({"stage": stage}) + "\n", encoding="utf-8")
             settle_folder(unfinished, done)
         return done
+
+    def _fit_exits(self, source: Path) -> nn.Module:
+        """The swapped model with its exits, trained and calibrated on the held-out rows."""
+        done = self.output / "exits"
+        if self.resume and (done / _DONE).exists():
+            say(f"{self._title('exits')}: taken from {done}", self.progress)
+            return dynplan.from_pretrained(done)
+        model = self._load_swapped(source)
+        layers = model.dynplan.num_layers
+        depths = default_depths(layers)
+        if not depths:
+            raise InputError(f"finetune: expected a model of at least two layers for exits, got {layers}")
+        exits = Exits(model.config.hidden_size, layers, depths, self.task.kind == "regression")
+        arguments = self._arguments(
+            "exits",
+            epochs=self.recipe.exit_epochs,
+            batch_size=self.recipe.batch_size,
+            learning_rate=self.recipe.learning_rate,
+            bf16=self.recipe.bf16,
+        )
+        trainer = ExitTrainer(
+            ExitLearner(model, exits),
+            arguments,
+            self.task,
+            self.tokenizer,
+            self.fit,
+            self.held,
+            self.callbacks,
+            distill=self.recipe.distill,
+            exit_learning_rate=self.recipe.exit_learning_rate,
+        )
+        self._train(trainer, "exits")
+        held = make_batches(self.held, self.tokenizer, 64, by_length=True)
+        answers = exit_answers(model.eval(), exits, held, self.task)
+        model.dynplan.policy = calibrate(exits, answers, self.task)
+        write_rivals(self.output, rivals(exits, answers, self.task))
+        with writing(done):
+            unfinished = self._save(model)
+            (unfinished / _DONE).write_text(json.dumps({"stage": "exits"}) + "\n", encoding="utf-8")
+            settle_folder(unfinished, done)
+        return model
 
     def _search(self, model: nn.Module) -> StaticPath:
         if self.resume and (self.output / STATIC).exists():

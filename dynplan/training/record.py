@@ -8,12 +8,14 @@ from pathlib import Path
 
 from dynplan.errors import InputError
 from dynplan.files import write_whole, writing
-from dynplan.policies import StaticPath
+from dynplan.nn.exits import Exits
+from dynplan.policies import ConfidenceExit, Policy, StaticPath
 from dynplan.training.data import TASK_NAMES, Task
 from dynplan.training.settings import Recipe
 
 RECIPE = "recipe.json"
 STATIC = "static.json"
+RIVALS = "rivals.json"
 
 
 def check_output(folder: Path, resume: bool = False) -> Path:
@@ -93,9 +95,32 @@ def read_static(folder: Path) -> StaticPath:
         raise InputError(f"checkpoint: expected layers by size in {path}, got {error}") from error
 
 
+def write_rivals(folder: Path, rivals: dict[str, ConfidenceExit]) -> None:
+    """What other ways of leaving would do with the same exits, by name; the exits are the planner's."""
+    tables = {name: {**policy.options(), "type": type(policy).__name__} for name, policy in rivals.items()}
+    for table in tables.values():
+        del table["planner"]
+    with writing(folder / RIVALS):
+        write_whole(folder / RIVALS, json.dumps(tables) + "\n")
+
+
+def read_rivals(folder: Path, exits: Exits) -> dict[str, ConfidenceExit]:
+    """The policies in ``rivals.json``, on ``exits``."""
+    path, rivals = Path(folder) / RIVALS, {}
+    try:
+        for name, table in _read_json(path).items():
+            kind = Policy.registry[table.pop("type")]
+            if not issubclass(kind, ConfidenceExit):
+                raise ValueError(f"{kind.__name__} has no exits")
+            rivals[name] = kind(exits, **table)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"checkpoint: expected policies with exits in {path}, got {error}") from error
+    return rivals
+
+
 def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]]:
-    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote; raises InputError
-    otherwise.
+    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote, none where its planner
+    has exits; raises InputError otherwise.
     """
     folder = Path(folder)
     described = _read_json(folder / RECIPE)
@@ -108,7 +133,8 @@ def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]
         raise InputError(
             f"checkpoint: expected task and recipe in {folder / RECIPE}, got {type(error).__name__}: {error}"
         ) from error
-    return task, described["recipe"], read_static(folder).paths
+    exits = described["recipe"].get("planner") == "exits"
+    return task, described["recipe"], {} if exits else read_static(folder).paths
 
 
 def _tuples(recipe: dict) -> dict:

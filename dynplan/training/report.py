@@ -20,24 +20,33 @@ _LOOK = {
     "planner": ("#D55E00", "o"),
     "random path": ("#999999", "v"),
     "best fixed subset": ("#009E73", "^"),
+    "fixed depth": ("#009E73", "^"),
+    "entropy exit": ("#CC79A7", "v"),
+    "patience exit": ("#56B4E9", "<"),
+    "learned exit": ("#E69F00", ">"),
     "dynplan keep-all, int8": ("#56B4E9", "D"),
     "planner, int8": ("#E69F00", "o"),
     "dynplan keep-all, bfloat16": ("#56B4E9", "X"),
     "planner, bfloat16": ("#E69F00", "P"),
 }
+_FIXED = ("best fixed subset", "fixed depth")
 _DPI = 160
 
 
 def columns(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the results table, as strings.
 
-    layers: share of sample-layers run; work: share of token-layers; ms: milliseconds per sentence.
+    layers: share of sample-layers run; work: share of token-layers; ms: milliseconds per sentence. Where a
+    stream's budget was tried, the figure that ranks and the layers run one text at a time.
     """
     figures = [name for name in rows[0].figures if name != "score"]
     ranked = task.metric.split("+")
     figures = [name for name in ranked if name in figures]
     sizes = list(rows[0].latency_ms)
-    header = ["policy", "budget", *figures, "layers", "work", *(f"ms, batch {size}" for size in sizes)]
+    streams = any(row.stream_score is not None for row in rows)
+    header = ["policy", "budget", *figures, "layers", "work"]
+    header += [f"{task.metric}, stream", "layers, stream"] if streams else []
+    header += [f"ms, batch {size}" for size in sizes]
     cells = []
     for row in rows:
         spread = f" ±{row.spread:.3f}" if row.spread and len(figures) == 1 else ""
@@ -48,10 +57,17 @@ def columns(task: Task, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
                 *(f"{row.figures[name]:.3f}{spread}" for name in figures),
                 f"{row.sample_layers:.0%}",
                 f"{row.token_layers:.0%}",
+                *(_stream_cells(row) if streams else ()),
                 *(f"{row.latency_ms[size]:.2f}" for size in sizes),
             ]
         )
     return header, cells
+
+
+def _stream_cells(row: Row) -> tuple[str, str]:
+    if row.stream_score is None:
+        return "", ""
+    return f"{row.stream_score:.3f}", f"{row.stream_layers:.0%}"
 
 
 def rich_table(task: Task, rows: list[Row], title: str) -> Table:
@@ -71,23 +87,25 @@ def markdown_table(task: Task, rows: list[Row]) -> str:
 
 
 def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
-    """One sentence per budget: whether the planner beats the best fixed subset, said plainly either way.
+    """One sentence per budget: whether the planner beats the best fixed subset, or fixed depths where it has
+    exits, said plainly either way.
 
     A difference within one standard error of the score at ``samples`` rows is called a tie.
     """
-    fixed = {row.budget: row for row in rows if row.name == "best fixed subset"}
+    fixed = {row.budget: row.name for row in rows if row.name in _FIXED}
     sentences = []
     for row in rows:
         if row.name != "planner" or row.budget not in fixed:
             continue
         score, rival = row.figures["score"], row.rival_score
         margin = _standard_error(task, score, samples)
+        name = f"the {fixed[row.budget]}"
         if score - rival > margin:
-            words = "beats the best fixed subset"
+            words = f"beats {name}"
         elif rival - score > margin:
-            words = "does NOT beat the best fixed subset: it is worse"
+            words = f"does NOT beat {name}: it is worse"
         else:
-            words = "does NOT beat the best fixed subset: the difference is within the noise"
+            words = f"does NOT beat {name}: the difference is within the noise"
         sentences.append(
             f"At budget {row.budget:g} the planner {words} "
             f"({task.metric} {score:.3f} against {rival:.3f} at the same {row.sample_layers:.0%} of layers, "
@@ -163,7 +181,14 @@ def draw_tradeoff(task: Task, rows: list[Row], place: Path) -> None:
             own = sorted((row for row in rows if row.name == name), key=lambda row: row.latency_ms[size])
             if not own:
                 continue
-            points = [(row.latency_ms[size], row.figures["score"]) for row in own]
+            alone = size == "1"
+            points = [
+                (
+                    row.latency_ms[size],
+                    row.stream_score if alone and row.stream_score is not None else row.figures["score"],
+                )
+                for row in own
+            ]
             line = "-" if len(points) > 1 else "none"
             axis.errorbar(
                 *zip(*points, strict=True),
@@ -241,7 +266,9 @@ def write_report(
         "layers: share of sample-layers run; work: share of token-layers"
         + ("; ms: milliseconds per sentence." if timed else "; latency was not measured."),
         *([latency] if timed else []),
-        "Random paths: mean and standard deviation over three seeds.",
+        "Random paths: mean and standard deviation over three seeds."
+        if any(row.name == "random path" for row in rows)
+        else "Stream: one text at a time under a StreamBudget of that share, with which batch 1 is timed.",
         "## Does the planner pay?",
         "\n".join(f"- {sentence}" for sentence in words),
         *(["## Score against time", "![Score against measured latency](tradeoff.png)"] if timed else []),

@@ -6,15 +6,17 @@ from dataclasses import dataclass, fields
 from dynplan.errors import InputError
 from dynplan.training.planning import OBJECTIVES
 
-PLANNERS = ("upfront", "stepwise")
+PLANNERS = ("exits", "upfront", "stepwise")
 
 _ABOVE_ZERO = math.ulp(0.0)
 _RANGES = {
     "plain_epochs": (0, 1e6),
+    "exit_epochs": (0, 1e6),
     "robust_epochs": (0, 1e6),
     "planner_epochs": (0, 1e6),
     "batch_size": (1, 2**20),
     "learning_rate": (_ABOVE_ZERO, 1e6),
+    "exit_learning_rate": (_ABOVE_ZERO, 1e6),
     "robust_learning_rate": (_ABOVE_ZERO, 1e6),
     "planner_learning_rate": (_ABOVE_ZERO, 1e6),
     "planner_rows": (1, 2**31),
@@ -30,19 +32,22 @@ _RANGES = {
 @dataclass(frozen=True)
 class Recipe:
     """Every setting of :func:`~dynplan.training.finetune`. Shares and budgets are of layer work, 0..1;
-    lengths in tokens.
+    lengths in tokens. Those of exits go with ``planner="exits"``; robust epochs, the search, the menu and the
+    planner's own settings with the others.
 
     Raises InputError for a setting out of its range.
     """
 
     plain_epochs: float = 0.0
+    exit_epochs: float = 3.0
     robust_epochs: float = 3.0
     planner_epochs: float = 3.0
     batch_size: int = 16
     learning_rate: float = 5e-5
+    exit_learning_rate: float = 1e-3
     robust_learning_rate: float | None = None
     planner_learning_rate: float = 1e-3
-    planner: str = "upfront"
+    planner: str = "exits"
     planner_objective: str | None = None
     planner_rows: int = 2000
     menu_size: int = 12
@@ -72,7 +77,13 @@ class Recipe:
             raise InputError(
                 f"finetune: expected planner to be one of {', '.join(PLANNERS)}, got {self.planner!r}"
             )
-        if self.objective not in OBJECTIVES:
+        if self.planner == "exits":
+            if self.exit_epochs <= 0 or self.planner_objective is not None:
+                raise InputError(
+                    f"finetune: expected --exit-epochs above 0 and no objective for exits, got "
+                    f"{self.exit_epochs} and {self.planner_objective!r}"
+                )
+        elif self.objective not in OBJECTIVES:
             raise InputError(
                 f"finetune: expected objective to be one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
             )

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from dynplan.training import InputError, Recipe, finetune
 
 SMALL = Recipe(
+    planner="upfront",
     robust_epochs=2,
     planner_epochs=1,
     planner_rows=16,

@@ -24,6 +24,7 @@ from dynplan.training import (
 from dynplan.training.predict import make_batches, predict
 
 QUICK = Recipe(
+    planner="upfront",
     robust_epochs=2,
     planner_epochs=1,
     planner_rows=32,
@@ -309,7 +310,7 @@ def test_pairs_and_regression(tiny_model, rows, tmp_path):
 def test_settings_are_checked(tmp_path, tiny_model, rows):
     for settings, words in (
         ({"budgets": (1.5,)}, "budgets within 0..1, got 1.5"),
-        ({"planner": "oracle"}, "planner to be one of upfront, stepwise, got 'oracle'"),
+        ({"planner": "oracle"}, "planner to be one of exits, upfront, stepwise, got 'oracle'"),
         ({"planner_objective": "luck"}, "objective to be one of gates, reward, values, got 'luck'"),
         ({"planner": "stepwise", "planner_objective": "reward"}, "objective gates for a stepwise planner"),
         ({"shares": (0.9, 0.4)}, "shares to be rising within 0..1"),
