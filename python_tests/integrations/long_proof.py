@@ -115,6 +115,9 @@ def main() -> int:
                 first = first or str(mismatch)
                 if not options.keep_going:
                     break
+            except RuntimeError:
+                print(report(counts, time.perf_counter() - start))  # what was seen is not lost
+                raise
             bar.update(counts.operations.total() - bar.n)
             if counts.operations.total() >= options.operations:
                 break

@@ -3,7 +3,7 @@
 import torch
 from integrations.changed_classes import altered, blurred
 from integrations.proof_operations import operation
-from integrations.proof_pair import Pair, Side
+from integrations.proof_pair import Ended, Pair, Side
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -43,6 +43,8 @@ def a_path(pair: Pair, kinds=None) -> str:
         for name, module in pair.twin.encoder.named_modules()
         if name and not isinstance(module, nn.ModuleList) and (kinds is None or type(module) in kinds)
     ]
+    if not named:  # all of them are of other classes by now
+        raise Ended
     return pair.random.choice(named)
 
 
