@@ -17,6 +17,7 @@ from dynplan.integrations.huggingface.controller import Controller
 from dynplan.ops.planned_encoder import offsets_of
 from dynplan.plans import plan_upfront
 from dynplan.policies import PlanRequest, Policy
+from dynplan.stream_budget import StreamBudget
 
 # Graphs kept at a time. Each distinct budget of a planner takes one; beyond that some are recorded again.
 _MAX_GRAPHS = 8
@@ -183,12 +184,11 @@ class CapturedModel:
         """Lets a policy that reads no hidden states plan the real batch, as it would without a graph."""
         controller = self.model.dynplan
         mask = self._inputs["attention_mask"][:batch_size, :length]
-        request = PlanRequest(
+        request = controller.request(
             batch_size,
             controller.num_layers,
             hidden=self._plan.new_empty((0, 0), dtype=torch.float32),
             cu_seqlens=offsets_of(mask),
-            budget=controller.budget,
             input_ids=self._inputs["input_ids"][:batch_size, :length],
             attention_mask=mask,
         )
@@ -200,7 +200,12 @@ class CapturedModel:
         controller = self.model.dynplan
         policy = controller.policy
         weights = self._weights()
-        key = (id(policy), controller.budget, getattr(policy, "budget", None)) if policy.reads_hidden else ()
+        stream = controller.budget if isinstance(controller.budget, StreamBudget) else None
+        key = (
+            (id(policy), controller.budget, getattr(policy, "budget", None))
+            if policy.reads_hidden
+            else (stream,)
+        )
         recording = self._graphs.pop(key, None)
         if recording is None or not recording.holds(weights):
             recording = self._record(policy, weights)
@@ -230,7 +235,11 @@ class CapturedModel:
 
     def _record(self, policy: Policy, weights: list[Tensor]) -> _Recording:
         inside = policy if policy.reads_hidden else _PlanOf(self._plan)
+        stream = self.model.dynplan.budget
+        seen = stream.state if isinstance(stream, StreamBudget) else None
         graph = Graph(lambda: self._forward(inside), self._device)
+        if seen is not None:  # recording is no part of the stream
+            stream.state = seen
         return _Recording(graph, policy, weights, [*self.model.parameters(), *self.model.buffers()])
 
     @contextmanager

@@ -65,6 +65,7 @@ class ConfidenceExit(BudgetPolicy):
             chains, choice, thresholds = (every,), (0,), ((float("inf"),),)
         self.chains = tuple(tuple(chain) for chain in chains or ())
         self.choice = tuple(choice or ())
+        self._tables: dict[Any, Tensor] = {}  # of thresholds, on devices
         self.thresholds = tuple(tuple(map(float, row)) for row in thresholds or ())
         for chain in self.chains:
             if not chain or not set(chain) <= set(every) or list(chain) != sorted(set(chain)):
@@ -166,8 +167,10 @@ class ConfidenceExit(BudgetPolicy):
             budget = budget * (1 + _SWAY * (2 * level - 1))
         place = budget * (len(row) - 1) + 1e-6
         if isinstance(place, Tensor):
-            table = torch.tensor(row, device=request.device)
-            return table[place.long().clamp(0, len(row) - 1)]
+            table = self._tables.get((chain, request.device))
+            if table is None:  # made once: a graph that is being recorded cannot copy from the host
+                table = self._tables[chain, request.device] = torch.tensor(row, device=request.device)
+            return table.take(place.long().clamp(0, len(row) - 1))  # an index would be read by the host
         return row[min(max(int(place), 0), len(row) - 1)]
 
     def _spend(

@@ -10,9 +10,22 @@ from integrations.models import batch, tiny
 from torch import Tensor
 
 import dynplan
+from dynplan import StreamBudget
 from dynplan import cuda_graph as capturing
-from dynplan.nn import StepwisePlanner, UpfrontPlanner
-from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
+from dynplan.nn import Exits, StepwisePlanner, UpfrontPlanner
+from dynplan.policies import (
+    ConfidenceExit,
+    EntropyExit,
+    FixedPath,
+    HashPath,
+    KeepAll,
+    LearnedExit,
+    PatienceExit,
+    PlannerPolicy,
+    Policy,
+    RandomPath,
+    StaticPath,
+)
 
 BATCHES = [(9, 3, 1, 7, 5), (4,), (12, 12, 2), (1, 1, 1, 1, 1, 1)]
 ON_CUDA = [pytest.mark.cuda, requires_cuda]
@@ -79,6 +92,47 @@ def policies():
         HashPath(0.5),
         *(PlannerPolicy(planner, budget=0.6) for planner in planners),
     ]
+
+
+def exit_policies():
+    torch.manual_seed(0)
+    exits = Exits(32, 4, (1, 2, 3))
+    for parameter in exits.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    kinds = {ConfidenceExit: 0.6, EntropyExit: -0.8, PatienceExit: 1, LearnedExit: 1.0}
+    return [kind(exits, 0.8, [[1, 2, 4]], [0] * 3, [[threshold] * 3]) for kind, threshold in kinds.items()]
+
+
+def test_captured_exits(device):
+    """Under a budget per batch, and under a stream's, whose counts are those of direct calls."""
+    model = swapped(device)
+    captured = dynplan.capture(model, batch_size=6, max_length=12)
+    for policy in exit_policies():
+        model.dynplan.policy = policy
+        for budget in (None, 0.6, 1.0, "stream"):
+            streams = [StreamBudget(0.7, burst=1) for _ in range(2)]
+            # One text alone gets the deepest exit that is paid for; in a graph's batch it is one of many.
+            for lengths in BATCHES if budget == "stream" else [lengths for lengths in BATCHES if lengths[1:]]:
+                inputs = to(device, batch(lengths))
+                model.dynplan.budget = streams[0] if budget == "stream" else budget
+                with torch.no_grad():
+                    direct = model(**inputs)
+                plan = model.dynplan.last_plan
+                model.dynplan.budget = streams[1] if budget == "stream" else budget
+                assert_same(captured(**inputs), direct)
+                assert torch.equal(model.dynplan.last_plan, plan)
+            assert streams[0].state == streams[1].state
+            assert (streams[0].state["samples"] > 0) == (budget == "stream")
+
+
+def test_streams_are_counted_in_graphs_of_other_policies(device):
+    model = swapped(device, RandomPath())
+    captured = dynplan.capture(model, batch_size=6, max_length=12)
+    stream = model.dynplan.budget = StreamBudget(0.5)
+    for _ in range(3):
+        captured(**to(device, batch()))
+    assert stream.state["samples"] == 15
+    assert stream.state["sample_layers"] == 3 * model.dynplan.last_plan.sum() <= 0.5 * 15 * 4
 
 
 @pytest.mark.parametrize("task", ["Model", "ForSequenceClassification", "ForTokenClassification"])
@@ -279,7 +333,7 @@ def test_adapters_are_refused(device):
 def test_forward_never_waits_for_the_device(dtype):
     model = swapped("cuda").to(dtype)
     inputs = to("cuda", batch())
-    for policy in policies() + [RandomPath(0.5)]:
+    for policy in policies() + exit_policies() + [RandomPath(0.5)]:
         model.dynplan.policy = policy
         with torch.no_grad():
             model(**inputs)  # moves the planner, packs the weights

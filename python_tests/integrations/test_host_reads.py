@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from integrations.models import batch, tiny
-from integrations.test_capture import RerunGraph, policies
+from integrations.test_capture import RerunGraph, exit_policies, policies
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -62,7 +62,9 @@ def on(device, inputs):
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-@pytest.mark.parametrize("policy", [*policies(), random_path()], ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize(
+    "policy", [*policies(), *exit_policies(), random_path()], ids=lambda policy: type(policy).__name__
+)
 def test_forward(meta, policy):
     model, inputs = dynplan.swap(tiny(), policy).to(meta), on(meta, batch())
     with torch.no_grad():
@@ -70,6 +72,16 @@ def test_forward(meta, policy):
         with Copies() as copies:
             logits = model(**inputs).logits
     assert logits.is_meta and logits.shape == (5, 3)
+    assert not copies.waiting
+
+
+@torch.no_grad()
+def test_a_stream(meta):
+    model, inputs = dynplan.swap(tiny(), exit_policies()[0]).to(meta), on(meta, batch())
+    model.dynplan.budget = dynplan.StreamBudget(0.7)
+    model(**inputs)  # moves exits and counts
+    with Copies() as copies:
+        assert model(**inputs).logits.is_meta
     assert not copies.waiting
 
 
@@ -108,7 +120,7 @@ def test_captured_calls(meta, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta
     model = dynplan.swap(tiny()).to(meta)
     captured = dynplan.capture(model, 6, 12)
-    for policy in policies():
+    for policy in policies() + exit_policies():
         model.dynplan.policy = policy
         captured(**batch())
         with Copies() as copies:
