@@ -24,6 +24,7 @@ from dynplan.training.trainer import PlainTrainer
 
 GRID = 64  # budgets that a table knows: 0, 1/64, ..., 1
 _LONGEST_CHAIN = 3
+_NEARBY = 5  # places of the grid on either side
 _SHARES = (1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 
 
@@ -192,8 +193,9 @@ def calibrate(
     """A policy with tables for every budget, measured on rows that nothing was trained on.
 
     Temperatures minimise the loss of each exit's answers (Guo et al., arXiv 1706.04599); then every chain of
-    one to three exits, the full path among them, is tried with thresholds for every budget. At each budget
-    the best one is taken, and where more layers are no better the cheaper one stays. Kinds other than
+    one to three exits, the full path among them, is tried with the best threshold that each budget pays for. At
+    each budget the best chain is taken, by its mean over budgets nearby, since a few hundred rows tell no more;
+    where a larger budget has no better one, the chain stays. Kinds other than
     :class:`~dynplan.policies.ConfidenceExit` ask every exit, as they were published.
 
     Args:
@@ -213,14 +215,8 @@ def calibrate(
     chains = [every]
     if kind is ConfidenceExit:
         chains = [c for size in range(1, longest + 1) for c in itertools.combinations(every, size)]
-    tables = [_table(chain, every, sureness, qualities, kind) for chain in chains]
-    best, choice, kept = (-torch.inf, None), [], {}
-    for place in range(GRID + 1):
-        for index, (_, scores) in enumerate(tables):
-            if scores[place] > best[0]:
-                best = (scores[place], index)
-        cheapest = min(range(len(chains)), key=lambda index: chains[index][0])
-        choice.append(cheapest if best[1] is None else best[1])
+    tables = [_table(chain, every, sureness, qualities) for chain in chains]
+    choice, kept = _choose(torch.tensor([scores for _, scores in tables]), chains), {}
     for index in choice:
         kept.setdefault(index, len(kept))
     return kind(
@@ -255,30 +251,52 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     return min(grid, key=lambda t: float(F.cross_entropy(logits / t, labels)))
 
 
+def _choose(scores: Tensor, chains: list[tuple[int, ...]]) -> list[int]:
+    """The chain at each budget, from scores ``(chains, budgets)``; minus infinity is not paid for."""
+    paid = scores.isfinite()
+    near = 2 * _NEARBY + 1
+
+    def around(values: Tensor) -> Tensor:
+        return F.avg_pool1d(values.unsqueeze(1), near, 1, _NEARBY, count_include_pad=False).squeeze(1)
+
+    smooth = around(scores.where(paid, 0)) / around(paid.float()).clamp_min(1e-6)
+    smooth = smooth.where(paid, -torch.inf)
+    cheapest = min(range(len(chains)), key=lambda index: chains[index][0])
+    best, choice = -torch.inf, []
+    for column in smooth.unbind(1):
+        index = int(column.argmax())
+        if column[index] > best:
+            best = float(column[index])
+            choice.append(index)
+        else:
+            choice.append(choice[-1] if choice else cheapest)
+    return choice
+
+
 def _table(
-    chain: tuple[int, ...], every: tuple[int, ...], sureness: Tensor, qualities: Tensor, kind: type
+    chain: tuple[int, ...], every: tuple[int, ...], sureness: Tensor, qualities: Tensor
 ) -> tuple[list[float], list[float]]:
     """Thresholds and mean qualities of a chain at each budget of the grid; minus infinity where the budget
     does not pay for the chain's first exit."""
-    rungs = [every.index(depth) for depth in chain]
+    rungs = torch.tensor([every.index(depth) for depth in chain])
     rows = torch.arange(len(qualities))
     asked = sureness[:, rungs[:-1]]
     levels = asked.flatten().unique()
     if len(levels) > 257:
         levels = levels[torch.linspace(0, len(levels) - 1, 257).round().long()]
-    # From nobody who goes on to all: a threshold no answer reaches comes last.
-    levels = torch.cat((levels, levels.new_full((1,), 3e38))) if len(levels) else levels.new_zeros(1)
+    # From nobody who goes on to all: a threshold that no answer reaches comes last.
+    levels = torch.cat((levels, levels.new_full((1,), 3e38)))
     depths = torch.tensor(chain, dtype=torch.float32)
     costs, scores = [], []
     for level in levels:
-        stops = torch.cat((asked >= level, torch.ones(len(rows), 1, dtype=torch.bool)), 1).int().argmax(1)
+        sure = torch.cat((asked >= level, torch.ones(len(rows), 1, dtype=torch.bool)), 1)
+        stops = sure.int().argmax(1)
         costs.append(float(depths[stops].mean()))
-        scores.append(float(qualities[rows, torch.tensor(rungs)[stops]].mean()))
+        scores.append(float(qualities[rows, rungs[stops]].mean()))
     thresholds, reached = [], []
     for place in range(GRID + 1):
         paid = [i for i, cost in enumerate(costs) if cost <= place / GRID * every[-1] + 1e-6]
-        best = max(paid, key=lambda i: (scores[i], -i), default=None) if kind is ConfidenceExit else (
-            paid[-1] if paid else None)  # fmt: skip
-        thresholds.append(float(levels[0]) if best is None else float(levels[best]))
+        best = max(paid, key=scores.__getitem__, default=None)
+        thresholds.append(float(levels[0 if best is None else best]))
         reached.append(-torch.inf if best is None else scores[best])
     return thresholds, reached
