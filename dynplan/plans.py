@@ -85,11 +85,12 @@ class Decisions:
         if self._stepwise is None:
             if layer == self._until:
                 self._until = decide(self.policy, layer, self.request, hidden(), self.plan)
-            return self.plan[:, layer], None
+            return self.plan[:, layer].clone(), None  # autograd keeps it, and the plan is written on
         gate = _check_gates(self._stepwise(layer, self.request, hidden()), self.request, steps=True)
         # Rounded for last_plan; what is computed is every sample whose gate is open at all.
-        self.plan[:, layer] = gate.detach() != 0
-        return self.plan[:, layer], gate
+        keep = gate.detach() != 0
+        self.plan[:, layer] = keep
+        return keep, gate
 
 
 def taken(keep: Tensor, gate: Tensor | None) -> Tensor:

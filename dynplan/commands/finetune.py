@@ -32,7 +32,9 @@ def command(
     planner_epochs: Annotated[
         float, typer.Option(help="Epochs of planner learning; 0: best fixed subset only.")
     ] = 3.0,
-    planner: Annotated[str, typer.Option(help="exits, upfront or stepwise.")] = "exits",
+    planner: Annotated[
+        str, typer.Option(help="exits, upfront or stepwise; none: ordinary fine-tuning.")
+    ] = "exits",
     planner_objective: Annotated[
         str | None,
         typer.Option(help="gates, reward or values.", show_default="values; gates if stepwise"),
@@ -102,7 +104,7 @@ def command(
         raise typer.Exit(130) from stop
     except WriteError as error:
         raise InputError(f"{error}; with room made, the same command with --resume goes on") from error
-    if held_out and (planner == "exits" or planner_epochs > 0):
+    if held_out and (planner == "exits" or (planner != "none" and planner_epochs > 0)):
         evaluate_folder(output, held_out, f"{output.name} on {evaluation.name}", recipe.budgets, seconds=0)
 
 

@@ -154,6 +154,7 @@ def evaluate(
     progress: bool = True,
     weights: tuple[str, ...] = (),
     rivals: Mapping[str, Policy] | None = None,
+    logits: dict | None = None,
 ) -> list[Row]:
     """Score every contestant on ``dataset`` in batches of 32, then time them in turn for about ``seconds`` in
     all.
@@ -161,7 +162,8 @@ def evaluate(
     Timing goes round and round over contestants and batches and takes medians, so that a noisy machine
     disturbs all alike. Each sentence is tokenized before; a time is that of the model's forward alone.
     ``weights``: "int8", "bfloat16": contestants on such weights besides. ``rivals``: other ways of leaving at
-    the planner's exits, by name.
+    the planner's exits, by name. ``logits`` receives what each said, ``(N, C)``, in batches under (name,
+    budget) and one text at a time under (name, budget, "stream").
     """
     policy, budget = model.dynplan.policy, model.dynplan.budget
     entrants = contestants(model, plain, static, budgets, weights, rivals)
@@ -174,6 +176,8 @@ def evaluate(
             contestant.arm(index)
             predictions.append(predict(contestant.model, batches, task))
         figures = [prediction.figures(task) for prediction in predictions]
+        if logits is not None:
+            logits[contestant.name, contestant.budget] = predictions[0].logits
         rows.append(
             Row(
                 contestant.name,
@@ -187,6 +191,8 @@ def evaluate(
         if contestant.stream is not None:
             contestant.arm(batch_size=1)
             alone = predict(contestant.model, singles, task)
+            if logits is not None:
+                logits[contestant.name, contestant.budget, "stream"] = alone.logits
             rows[-1].stream_score = alone.figures(task)["score"]
             rows[-1].stream_layers = alone.sample_layers
     _rival_scores(model, static, batches, task, rows)

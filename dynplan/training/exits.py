@@ -193,9 +193,9 @@ def calibrate(
     """A policy with tables for every budget, measured on rows that nothing was trained on.
 
     Temperatures minimise the loss of each exit's answers (Guo et al., arXiv 1706.04599); then every chain of
-    one to three exits, the full path among them, is tried with the best threshold that each budget pays for. At
-    each budget the best chain is taken, by its mean over budgets nearby, since a few hundred rows tell no more;
-    where a larger budget has no better one, the chain stays. Kinds other than
+    one to three exits, the full path among them, is tried with the best threshold that each budget pays for.
+    At each budget the best chain is taken, by its mean over budgets nearby, since a few hundred rows tell no
+    more; where a larger budget has no better one, the chain stays. Kinds other than
     :class:`~dynplan.policies.ConfidenceExit` ask every exit, as they were published.
 
     Args:

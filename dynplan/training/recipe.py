@@ -19,7 +19,7 @@ from dynplan.budget import whole_layers
 from dynplan.errors import InputError, WriteError
 from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
 from dynplan.nn import Exits, StepwisePlanner, UpfrontPlanner
-from dynplan.policies import PlannerPolicy, Policy, StaticPath
+from dynplan.policies import KeepAll, PlannerPolicy, Policy, StaticPath
 from dynplan.search import search_static_path
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
@@ -107,7 +107,7 @@ class _Run:
         epochs = {"plain": recipe.plain_epochs}
         if recipe.planner == "exits":
             epochs["exits"] = recipe.exit_epochs
-        else:
+        elif recipe.planner != "none":
             epochs |= {"robust": recipe.robust_epochs, "static": 1, "planner": recipe.planner_epochs}
         self.stages = [stage for stage, count in epochs.items() if count > 0]
         say(describe_task(self.task, rows), progress)
@@ -130,6 +130,8 @@ class _Run:
         if self.recipe.planner == "exits":
             model = self._fit_exits(folder)
             return self._finish(model, model.dynplan.policy)
+        if self.recipe.planner == "none":
+            return self._finish(self._load_swapped(folder), KeepAll())
         if self.recipe.robust_epochs > 0:
             rate = self.recipe.robust_learning_rate or self.recipe.learning_rate
             folder = self._fit_encoder(folder, RobustTrainer, self.recipe.robust_epochs, rate)

@@ -119,8 +119,8 @@ def read_rivals(folder: Path, exits: Exits) -> dict[str, ConfidenceExit]:
 
 
 def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]]:
-    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote, none where its planner
-    has exits; raises InputError otherwise.
+    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote, none of these where
+    nothing was searched for; raises InputError otherwise.
     """
     folder = Path(folder)
     described = _read_json(folder / RECIPE)
@@ -133,8 +133,8 @@ def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]
         raise InputError(
             f"checkpoint: expected task and recipe in {folder / RECIPE}, got {type(error).__name__}: {error}"
         ) from error
-    exits = described["recipe"].get("planner") == "exits"
-    return task, described["recipe"], {} if exits else read_static(folder).paths
+    searched = described["recipe"].get("planner") not in ("exits", "none")
+    return task, described["recipe"], read_static(folder).paths if searched else {}
 
 
 def _tuples(recipe: dict) -> dict:

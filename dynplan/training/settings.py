@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from dynplan.errors import InputError
 from dynplan.training.planning import OBJECTIVES
 
-PLANNERS = ("exits", "upfront", "stepwise")
+PLANNERS = ("exits", "upfront", "stepwise", "none")
 
 _ABOVE_ZERO = math.ulp(0.0)
 _RANGES = {
@@ -77,7 +77,12 @@ class Recipe:
             raise InputError(
                 f"finetune: expected planner to be one of {', '.join(PLANNERS)}, got {self.planner!r}"
             )
-        if self.planner == "exits":
+        if self.planner == "none":
+            if self.plain_epochs <= 0:
+                raise InputError(
+                    f"finetune: expected --plain-epochs above 0 without a planner, got {self.plain_epochs}"
+                )
+        elif self.planner == "exits":
             if self.exit_epochs <= 0 or self.planner_objective is not None:
                 raise InputError(
                     f"finetune: expected --exit-epochs above 0 and no objective for exits, got "

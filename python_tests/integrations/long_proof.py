@@ -113,6 +113,7 @@ def main() -> int:
             except Mismatch as mismatch:
                 mismatches[str(mismatch).partition("\n")[0]] += 1
                 first = first or str(mismatch)
+                tqdm.write(f"seed {seed}: {str(mismatch).partition(chr(10))[0]}")
                 if not options.keep_going:
                     break
             except RuntimeError:
