@@ -97,8 +97,11 @@ def inputs_of(pair: Pair) -> tuple[str, dict]:
         words.append("embeddings given")
     # Hugging Face's own hooks record a layer's states before or after another hook alters them, as the two
     # came to hang there; a swapped model's are those after it.
-    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in pair.ours.layers)
-    if pair.states and draw.random() < 0.2 and not hooked:
+    around = (pair.ours.encoder.encoder, *pair.ours.layers)
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in around)
+    if hooked and pair.twin.model.config.output_hidden_states:
+        inputs["output_hidden_states"] = False
+    elif pair.states and draw.random() < 0.2 and not hooked:
         inputs["output_hidden_states"] = True
         words.append("hidden states")
     if draw.random() < 0.1:

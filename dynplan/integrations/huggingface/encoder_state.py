@@ -107,10 +107,11 @@ class EncoderState:
         self._packed: list[Tensor] | None = None
 
         self.why_refused = _reason(_check_model, model, family)
-        self.why_not_packed = _reason(self._check_packed, family, names)
-        self.why_not_fused = self.why_not_packed
+        self.why_not_fused = _reason(self._check_packed, family, names)
+        # Kernels record no gradients, so that these are nothing to them.
+        self.why_not_packed = self.why_not_fused or _reason(_check_backward_hooks, self.layers)
         self.reading: LayerReading | None = None
-        if self.why_not_packed is None:
+        if self.why_not_fused is None:
             self.why_not_fused = _reason(self._read_layers, family)
         self.embeddings: tuple | None = None
         if not traced:
@@ -130,6 +131,8 @@ class EncoderState:
     def _check_packed(self, family: Family, attention: set[str | None]) -> None:
         if (reason := process_reason()) is not None:
             raise Differs(reason)
+        if len(attention) > 1:  # one's mask may mean nothing to another
+            raise Differs(f"attention is of several implementations: {sorted(map(str, attention))}")
         for name in attention:
             functions = (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name))
             own = all(function is None or is_library_code(function) for function in functions)
@@ -236,12 +239,16 @@ def _expect(module: nn.Module, kind: type | None, where: str) -> None:
         )
 
 
+def _check_backward_hooks(layers: list[nn.Module]) -> None:
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if has_backward_hooks(module):
+                raise Differs(f"layer {index}: {type(module).__name__} has a backward hook")
+
+
 def _check_layer(layer: nn.Module, family: Family) -> None:
     """Raises unless packed rows can go through the layer's own modules, each sample's attention apart."""
     parts = family.parts
-    for module in layer.modules():
-        if has_backward_hooks(module):
-            raise Differs(f"{type(module).__name__} has a backward hook")
     for path, suffix in parts.classes.items():
         _expect(_find(layer, path), family.named(suffix), path or "the layer")
     attention = _find(layer, parts.attention)
