@@ -17,7 +17,7 @@ Label = Annotated[str, typer.Option(help="Column of the label.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=4096, help="Processor threads.", show_default="torch's choice")
 ]
-FILES = "JSON lines, .csv, .tsv or .parquet; .gz allowed."
+FILES = "JSON lines, .csv, .tsv or .parquet; .gz and .zst allowed."
 
 
 def need(extra: str, *modules: str) -> None:
