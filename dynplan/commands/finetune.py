@@ -58,7 +58,8 @@ def command(
 ) -> None:
     """Fine-tune an encoder so that it stands layer bypass, then learn its planner."""
     need("train", "accelerate", "sklearn", "scipy")
-    from dynplan.commands.common import evaluate_folder, parse_budgets, quiet, set_threads
+    from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
+    from dynplan.loading import quiet
     from dynplan.training import Recipe, finetune
 
     recipe = Recipe(

@@ -17,9 +17,9 @@ from transformers import AutoModelForSequenceClassification
 import dynplan
 from dynplan.benchmarking import interleave
 from dynplan.errors import InputError
+from dynplan.loading import load
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.training.data import EncodedDataset, Task
-from dynplan.training.models import load
 from dynplan.training.predict import beside, make_batches, predict
 from dynplan.training.progress import steps
 

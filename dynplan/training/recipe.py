@@ -18,13 +18,14 @@ import dynplan
 from dynplan.budget import whole_layers
 from dynplan.errors import InputError, WriteError
 from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
+from dynplan.loading import load_tokenizer
 from dynplan.nn import StepwisePlanner, UpfrontPlanner
 from dynplan.policies import PlannerPolicy, StaticPath
 from dynplan.search import search_static_path
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
 from dynplan.training.menu import candidate_paths, choose_menu
-from dynplan.training.models import check_tokens, load_classifier, load_tokenizer
+from dynplan.training.models import check_tokens, load_classifier
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
 from dynplan.training.predict import make_batches, path_qualities, predict
 from dynplan.training.progress import StageProgress, say, steps
