@@ -135,7 +135,7 @@ def run(
             with _Bar(reader.files, settings.model.task, progress) as bar:
                 for window, tokens in pool.encode(_left(reader, shape, journal)):
                     rows = runner(window, tokens)
-                    bad = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in window.bad)
+                    bad = "".join(json.dumps(row) + "\n" for row in window.bad)
                     was = journal.progress
                     journal.append(
                         output.piece(rows),

@@ -200,5 +200,5 @@ class WindowReader:
     def _report(self, file: int, record: Record, error: BadRecord) -> dict:
         row = record.raw if record.values is None else record.values
         report = {"place": record.place, "row": record.number, "problem": str(error), "content": row}
-        # What JSON has no type for (dates of a parquet file) as its text; no half characters.
-        return json.loads(json.dumps(report, default=str).encode(errors="backslashreplace"))
+        # What JSON has no type for (dates of a parquet file) as its text.
+        return json.loads(json.dumps(report, default=str))
