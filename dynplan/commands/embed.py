@@ -39,6 +39,8 @@ def command(
     skip_bad: options.SkipBad = False,
     bad_rows: options.BadRows = None,
     resume: options.Resume = False,
+    ray: options.Ray = None,
+    actors: options.Actors = 1,
 ) -> None:
     """Write the embedding, path and layers run of every row, in the rows' order."""
     options.need("predict", "pyarrow")
@@ -57,4 +59,4 @@ def command(
         max_length,
         workers,
     )
-    run_files(settings, threads, resume)
+    run_files(settings, threads, resume, ray, actors)

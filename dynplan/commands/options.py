@@ -48,6 +48,15 @@ MaxLength = Annotated[
     typer.Option(min=2, max=2**20, help="Tokens; longer rows are cut.", show_default="as in training"),
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Processes that tokenize; 0: this one does.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Run on this Ray cluster, `local` for one of this machine; --output is then a folder of files.",
+        show_default="in this process",
+    ),
+]
+Actors = Annotated[int, typer.Option(min=1, max=2**20, help="--ray: actors that hold the model.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run of the same settings that was interrupted.")
 ]

@@ -23,6 +23,8 @@ def command(
     skip_bad: options.SkipBad = False,
     bad_rows: options.BadRows = None,
     resume: options.Resume = False,
+    ray: options.Ray = None,
+    actors: options.Actors = 1,
 ) -> None:
     """Write label and probabilities (or score), path and layers run of every row, in the rows' order."""
     options.need("predict", "pyarrow")
@@ -41,4 +43,4 @@ def command(
         max_length,
         workers,
     )
-    run_files(settings, threads, resume)
+    run_files(settings, threads, resume, ray, actors)
