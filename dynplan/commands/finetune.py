@@ -61,6 +61,7 @@ def command(
     from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
     from dynplan.loading import quiet
     from dynplan.training import Recipe, finetune
+    from dynplan.training.ranks import processes
 
     recipe = Recipe(
         plain_epochs=plain_epochs,
@@ -99,7 +100,7 @@ def command(
         raise typer.Exit(130) from stop
     except WriteError as error:
         raise InputError(f"{error}; with room made, the same command with --resume goes on") from error
-    if held_out and planner_epochs > 0:
+    if held_out and planner_epochs > 0 and processes().is_main_process:
         evaluate_folder(output, held_out, f"{output.name} on {evaluation.name}", recipe.budgets, seconds=0)
 
 

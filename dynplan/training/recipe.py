@@ -29,6 +29,7 @@ from dynplan.training.models import check_tokens, load_classifier
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
 from dynplan.training.predict import make_batches, path_qualities, predict
 from dynplan.training.progress import StageProgress, say, steps
+from dynplan.training.ranks import from_first, processes, share_of_batch
 from dynplan.training.record import (
     RECIPE,
     STATIC,
@@ -75,12 +76,15 @@ def finetune(
 
 class _Run:
     def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks):
-        self.recipe, self.progress, self.callbacks = recipe, progress, callbacks
+        self.ranks = processes()
+        self.recipe, self.callbacks = recipe, callbacks
+        self.progress = progress = progress and self.ranks.is_main_process
+        share_of_batch(recipe.batch_size)
         self.source, self.output = Path(model), check_output(output, resume)
         # Nothing is trained before recipe.json is there.
         self.resume = resume and (self.output / RECIPE).exists()
         self.task: Task = infer_task(rows, task)
-        described = describe_run(self.task, recipe, self.source, rows)
+        described = describe_run(self.task, recipe, self.source, rows, self.ranks.num_processes)
         if self.resume:
             check_same_run(self.output, described)
         if not (self.source / "config.json").is_file():
@@ -99,9 +103,11 @@ class _Run:
         epochs["planner"] = recipe.planner_epochs
         self.stages = [stage for stage, count in epochs.items() if count > 0]
         say(describe_task(self.task, rows), progress)
-        drop_unfinished(self.output, (RECIPE, STATIC, "metrics.jsonl"))
-        if not self.resume:
-            record_run(self.output, described)
+        self.ranks.wait_for_everyone()  # all have looked at the folder
+        if self.ranks.is_main_process:
+            drop_unfinished(self.output, (RECIPE, STATIC, "metrics.jsonl"))
+            if not self.resume:
+                record_run(self.output, described)
 
     def _encode(self, rows: list[dict]) -> EncodedDataset:
         return encode_rows(rows, self.task, self.tokenizer, self.recipe.max_length)
@@ -123,10 +129,12 @@ class _Run:
         planner = self._learn(model, static)
         model.requires_grad_(True)
         model.dynplan.policy = PlannerPolicy(planner) if planner is not None else static
-        with writing(self.output):
-            unfinished = self._save(model)
-            # Without dynplan.json the folder is not taken for a finished one.
-            settle_files(unfinished, self.output, last=["dynplan.json"])
+        if self.ranks.is_main_process:
+            with writing(self.output):
+                unfinished = self._save(model)
+                # Without dynplan.json the folder is not taken for a finished one.
+                settle_files(unfinished, self.output, last=["dynplan.json"])
+        self.ranks.wait_for_everyone()
         return model
 
     def _save(self, model: nn.Module) -> Path:
@@ -152,9 +160,11 @@ class _Run:
 
     def _train(self, trainer, stage: str) -> None:
         folder = self._checkpoints(stage)
-        if not self.resume:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that is not this one
-        drop_unfinished(folder, ())
+        if self.ranks.is_main_process:
+            if not self.resume:
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that is not this one
+            drop_unfinished(folder, ())
+        self.ranks.wait_for_everyone()
         shown = StageProgress(self._title(stage), self.progress)
         trainer.add_callback(shown)
         try:
@@ -176,7 +186,7 @@ class _Run:
         arguments = self._arguments(
             stage,
             epochs=epochs,
-            batch_size=self.recipe.batch_size,
+            batch_size=share_of_batch(self.recipe.batch_size),
             learning_rate=learning_rate,
             bf16=self.recipe.bf16,
         )
@@ -186,10 +196,12 @@ class _Run:
         self._train(trainer, stage)
         if trainer_class is RobustTrainer:
             model = dynplan.unswap(model)
-        with writing(done):
-            unfinished = self._save(model)
-            (unfinished / _DONE).write_text(json.dumps({"stage": stage}) + "\n", encoding="utf-8")
-            settle_folder(unfinished, done)
+        if self.ranks.is_main_process:
+            with writing(done):
+                unfinished = self._save(model)
+                (unfinished / _DONE).write_text(json.dumps({"stage": stage}) + "\n", encoding="utf-8")
+                settle_folder(unfinished, done)
+        self.ranks.wait_for_everyone()
         return done
 
     def _search(self, model: nn.Module) -> StaticPath:
@@ -218,8 +230,11 @@ class _Run:
                 progress=False,
                 cost=cost,
             )
-        write_static(self.output, static)
-        return static
+        # All processes have searched, so that none waits for long; the first one's result counts.
+        if self.ranks.is_main_process:
+            write_static(self.output, static)
+        self.ranks.wait_for_everyone()
+        return read_static(self.output)
 
     def _search_batches(self) -> list[dict]:
         rows = self.held.sample(self.recipe.search_rows, self.recipe.seed)
@@ -242,7 +257,7 @@ class _Run:
         arguments = self._arguments(
             "planner",
             epochs=recipe.planner_epochs,
-            batch_size=32,
+            batch_size=-(-32 // self.ranks.num_processes),
             learning_rate=recipe.planner_learning_rate,
             metric_for_best_model="quality",
         )
@@ -273,11 +288,13 @@ class _Run:
         recipe, layers = self.recipe, model.dynplan.num_layers
         fixed = len(static.paths) + 1
         candidates = candidate_paths(static.paths, layers, 3 * recipe.menu_size, recipe.seed)
-        qualities = path_qualities(model, self._search_batches(), self.task, candidates, self.progress)
+        qualities = from_first(
+            path_qualities(model, self._search_batches(), self.task, candidates, self.progress)
+        )
         menu = choose_menu(qualities, candidates, max(recipe.menu_size, fixed), fixed)
         planner = UpfrontPlanner(model.config.hidden_size, layers, paths=menu)
         batches = make_batches(rows, self.tokenizer, 32)
-        qualities = path_qualities(model, batches, self.task, planner.paths, self.progress)
+        qualities = from_first(path_qualities(model, batches, self.task, planner.paths, self.progress))
         with torch.no_grad():
             # The start: every sample prefers the path with the best mean.
             planner.prior.copy_(qualities.mean(0))
