@@ -99,11 +99,17 @@ class Journal:
             self.close()
             raise
 
-    def _begin(self) -> None:
+    def _refuse_to_replace(self) -> None:
         for option, path in (("--output", self.output), ("--bad-rows", self.bad)):
             if path.exists():
-                shutil.rmtree(self.folder)
                 raise InputError(f"{option}: expected no file of that name, got {path}")
+
+    def _begin(self) -> None:
+        try:
+            self._refuse_to_replace()
+        except InputError:
+            shutil.rmtree(self.folder)
+            raise
         with writing(self.folder):
             for name in (_ROWS, _BAD):
                 (self.folder / name).write_bytes(b"")
@@ -126,6 +132,7 @@ class Journal:
             )
         if self.progress.settling:
             return
+        self._refuse_to_replace()
         for name, size in ((_ROWS, self.progress.rows_size), (_BAD, self.progress.bad_size)):
             path = self.folder / name
             if not path.is_file() or path.stat().st_size < size:
@@ -161,6 +168,8 @@ class Journal:
     def settle(self, finish: Callable[[Path, Path], None]) -> None:
         """Have ``finish`` make the output of the pieces, and put it and the bad rows in their places."""
         rows, finished, bad = (self.folder / name for name in (_ROWS, _FINISHED, _BAD))
+        if not self.progress.settling:
+            self._refuse_to_replace()  # somebody else may have written there meanwhile
         with writing(self.output):
             self.progress.settling = True
             self._write()

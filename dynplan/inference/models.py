@@ -54,6 +54,8 @@ class RunModel:
         self.model = self._load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.control = self.model.dynplan
         if settings.budget is not None:
+            if not 0 <= settings.budget <= 1:
+                raise InputError(f"--budget: expected a number within 0..1, got {settings.budget}")
             if not self.control.policy.takes_budget:
                 raise InputError(
                     "--budget: expected a model whose policy takes one, got "

@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,8 +82,11 @@ def run_on_ray(settings: RunSettings, cluster: Cluster) -> Summary:
     with writing(settings.output):
         work = fresh_folder(settings.output.with_name(settings.output.name + ".unfinished-on-ray"))
         (work / "parts").mkdir()
-    read = _Read(reader, shape, settings.model.folder, length, work)
+    # Workers begin in folders of their own; paths mean what they mean here.
+    place = Path.cwd()
+    read = _Read(place, reader, shape, settings.model.folder, length, work)
     worker = {
+        "place": place,
         "settings": settings.model,
         "keys": keys,
         "batch_size": settings.batch_size,
@@ -105,7 +110,7 @@ def run_on_ray(settings: RunSettings, cluster: Cluster) -> Summary:
                 num_cpus=cluster.threads,
                 compute=ray.data.ActorPoolStrategy(size=cluster.actors),
             )
-            sink = _Parts(str(work / "parts"), output)
+            sink = _Parts(str((work / "parts").absolute()), output)
             start = time.perf_counter()
             rows.write_datasink(sink)
             seconds = time.perf_counter() - start
@@ -137,26 +142,25 @@ def _connect(cluster: Cluster) -> bool:
     return True
 
 
-class _data_settings:
-    """Ray Data's settings for a run, as a context: blocks that keep their order, and small ones."""
-
-    def __enter__(self) -> None:
-        context = ray.data.DataContext.get_current()
-        options = context.execution_options
-        self._was = (context.target_max_block_size, options.preserve_order, context.enable_progress_bars)
-        context.target_max_block_size, options.preserve_order = _BLOCK_BYTES, True
-        context.enable_progress_bars = os.isatty(2)
-
-    def __exit__(self, *_) -> None:
-        context = ray.data.DataContext.get_current()
-        options = context.execution_options
-        context.target_max_block_size, options.preserve_order, context.enable_progress_bars = self._was
+@contextmanager
+def _data_settings() -> Iterator[None]:
+    """Ray Data's settings for a run: blocks that keep their order, and small ones."""
+    context = ray.data.DataContext.get_current()
+    options = context.execution_options
+    was = context.target_max_block_size, options.preserve_order, context.enable_progress_bars
+    context.target_max_block_size, options.preserve_order = _BLOCK_BYTES, True
+    context.enable_progress_bars = sys.stderr.isatty()
+    try:
+        yield
+    finally:
+        context.target_max_block_size, options.preserve_order, context.enable_progress_bars = was
 
 
 @dataclass(frozen=True)
 class _Read:
     """Turns numbers of files into windows and their tokens, and leaves bad rows in ``folder``."""
 
+    place: Path
     reader: WindowReader
     shape: Shape
     model: Path
@@ -165,6 +169,7 @@ class _Read:
 
     def __call__(self, batch: dict) -> Iterator[dict]:
         quiet()
+        os.chdir(self.place)
         encoder = Encoder(self.model, self.length)
         for number in batch["file"].tolist():
             bad: list[dict] = []
@@ -183,8 +188,11 @@ class _Read:
 class _Worker:
     """Holds a model in an actor."""
 
-    def __init__(self, settings: ModelSettings, keys: list[Field], batch_size: int, pad: int, threads: int):
+    def __init__(
+        self, place: Path, settings: ModelSettings, keys: list[Field], batch_size: int, pad: int, threads: int
+    ):
         quiet()
+        os.chdir(place)
         torch.set_num_threads(threads)
         self.runner = WindowRunner(settings.load(), keys, batch_size, pad)
 

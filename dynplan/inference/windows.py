@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from dynplan.errors import InputError
@@ -134,7 +134,7 @@ class WindowReader:
         """The windows of file ``number``. Raises InputError as :class:`~dynplan.records.RecordFile` does."""
         file = RecordFile(self.files[number], self.columns.names)
         records, digest = iter(file), hashlib.sha256()
-        for index in range(2**63):
+        for index in count():
             window = self._window(number, index, list(islice(records, self.size)), shape, digest)
             if not len(window) and not window.bad:
                 return

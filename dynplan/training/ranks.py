@@ -9,17 +9,18 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 
 from dynplan.errors import InputError
 
 
-def processes() -> PartialState:
-    """The processes of this run; joins them at the first call.
+def processes():
+    """The processes of this run, as an ``accelerate.PartialState``; joins them at the first call.
 
     Raises InputError where the environment asks for several and they cannot be joined.
     """
+    from accelerate import PartialState  # only training needs it
+
     try:
         return PartialState(cpu=not torch.cuda.is_available())
     except (ValueError, RuntimeError) as error:

@@ -154,6 +154,17 @@ def test_other_rows_and_settings_are_refused(planned, plain, tmp_path):
         run(job, resume=True, progress=False)
 
 
+def test_what_somebody_wrote_meanwhile_stays(planned, tmp_path):
+    job = replace(interrupted(planned, tmp_path), skip_bad=True)
+    for path in (job.output, job.bad_path):
+        path.write_text("other")
+        with pytest.raises(InputError, match=f"expected no file of that name, got {path}"):
+            run(job, resume=True, progress=False)
+        assert path.read_text() == "other"
+        path.unlink()
+    assert run(job, resume=True, progress=False).rows == 40
+
+
 def test_two_processes_do_not_write_one_output(planned, tmp_path):
     job = interrupted(planned, tmp_path)
     with Journal(job.output, job.bad_path, job.described(job.reader().files, 32), resume=True):

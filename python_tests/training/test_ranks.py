@@ -22,7 +22,7 @@ from dynplan.training.predict import make_batches, predict
 # 54 rows to learn from are three batches, so that none has to be filled up.
 RECIPE = Recipe(
     batch_size=18,
-    robust_epochs=4,
+    robust_epochs=8,
     planner_epochs=2,
     planner_rows=32,
     menu_size=4,
@@ -97,6 +97,7 @@ def test_two_processes_give_what_one_does(model, train, two, tmp_path):
     finetune(model, rows, one, recipe=RECIPE, progress=False)
     assert len(figures(one)) > 8
     for ours, wanted in zip(figures(two), figures(one), strict=True):
+        assert ours.pop("stage") == wanted.pop("stage")
         assert ours == pytest.approx(wanted, rel=1e-3, abs=1e-3)
     assert (two / "static.json").read_bytes() == (one / "static.json").read_bytes()
     task, tokenizer = infer_task(rows), AutoTokenizer.from_pretrained(one)
@@ -118,7 +119,7 @@ def test_two_processes_go_on_where_they_were_killed(model, train, two, tmp_path)
     output = tmp_path / "out"
     process = launch(model, train, output)
     deadline = time.monotonic() + 120
-    while not (output / "robust-checkpoints" / "checkpoint-3").is_dir():
+    while not any(output.glob("robust-checkpoints/checkpoint-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
