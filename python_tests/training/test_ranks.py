@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import types
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from training.conftest import make_rows, save_tiny_model
 from transformers import AutoConfig, AutoTokenizer
 
@@ -115,22 +117,50 @@ def test_two_processes_give_what_one_does(model, train, two, tmp_path):
         assert torch.equal(ours.plan, wanted.plan)
 
 
-def test_two_processes_go_on_where_they_were_killed(model, train, two, tmp_path):
-    output = tmp_path / "out"
-    process = launch(model, train, output)
+def fork_two(model, output, resume: bool = False) -> list[int]:
+    """Two processes as a launcher would start them, without the seconds of imports; their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                said = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+                said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ.update({name: str(value) for name, value in said.items()})
+                AcceleratorState._reset_state(reset_partial_state=True)  # this process was alone before
+                finetune(model, make_rows(), output, recipe=RECIPE, resume=resume, progress=False)
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    return children
+
+
+def ended(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def test_two_processes_go_on_where_they_were_killed(model, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    assert ended(fork_two(model, whole)) == [0, 0]
+    children = fork_two(model, output)
     deadline = time.monotonic() + 120
     while not any(output.glob("robust-checkpoints/checkpoint-*")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    assert ended(children) == [-signal.SIGKILL] * 2
     assert not (output / "dynplan.json").exists()
-    rows = make_rows()
     with pytest.raises(InputError, match=r"resume: .* got 1 processes \(it began with 2\)"):
-        finetune(model, rows, output, recipe=RECIPE, resume=True, progress=False)
-    finished(launch(model, train, output, "--resume"))
+        finetune(model, make_rows(), output, recipe=RECIPE, resume=True, progress=False)
+    assert ended(fork_two(model, output, resume=True)) == [0, 0]
     for name in ("model.safetensors", "dynplan.safetensors", "static.json", "dynplan.json"):
-        assert (output / name).read_bytes() == (two / name).read_bytes(), name
+        assert (output / name).read_bytes() == (whole / name).read_bytes(), name
 
 
 @pytest.fixture
