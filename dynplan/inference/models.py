@@ -79,8 +79,11 @@ class RunModel:
 
     @property
     def max_length(self) -> int:
-        """Tokens that rows are cut to where nothing else is asked for: as in training, if that is known."""
-        return min(self._trained_length() or self.longest, self.longest)
+        """Tokens that rows are cut to where nothing else is asked for: as in training or as the tokenizer
+        says, if that is known.
+        """
+        said = (_json(self.folder / "tokenizer_config.json") or {}).get("model_max_length")
+        return min(self._trained_length() or said or self.longest, self.longest)
 
     def restart(self, file: int, window: int) -> None:
         """Have random paths depend on the window alone, whatever was run before it."""

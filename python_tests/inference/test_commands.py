@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from inference.conftest import make_records, read_lines, write_lines
 from test_cli import failure, invoke
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -75,7 +76,8 @@ def test_a_score_where_the_model_is_a_regression(plain, source, tmp_path):
     AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
     invoke(*order("predict", folder, source, tmp_path / "out.jsonl"))
     tokens = AutoTokenizer.from_pretrained(plain)(RECORDS[3]["sentence1"], return_tensors="pt")
-    want = float(model.eval()(**tokens).logits)
+    with torch.inference_mode():
+        want = float(model.eval()(**tokens).logits)
     assert read_lines(tmp_path / "out.jsonl")[3]["score"] == pytest.approx(want, abs=1e-5)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from inference.conftest import make_records, write_lines
 from pyarrow import parquet
-from sentence_transformers import SentenceTransformer, models
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as models
 from training.conftest import save_tiny_model
 
 from dynplan.errors import InputError
