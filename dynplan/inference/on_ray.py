@@ -129,6 +129,8 @@ def _connect(cluster: Cluster) -> bool:
         return False
     for name in ("ray", "ray.data"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What ends a run is raised; it takes what a row did for a fault of its own, and says so at length.
+    logging.getLogger("ray.data.exceptions").setLevel(logging.CRITICAL)
     options = {"log_to_driver": False, "logging_level": logging.WARNING}
     if cluster.address == LOCAL:
         # A processor for each reader beside those of the actors.
@@ -144,16 +146,24 @@ def _connect(cluster: Cluster) -> bool:
 
 @contextmanager
 def _data_settings() -> Iterator[None]:
-    """Ray Data's settings for a run: blocks that keep their order, and small ones."""
+    """Ray Data's settings for a run: blocks that keep their order, small ones, and errors as they are."""
     context = ray.data.DataContext.get_current()
-    options = context.execution_options
-    was = context.target_max_block_size, options.preserve_order, context.enable_progress_bars
-    context.target_max_block_size, options.preserve_order = _BLOCK_BYTES, True
-    context.enable_progress_bars = sys.stderr.isatty()
+    settings = {
+        "target_max_block_size": _BLOCK_BYTES,
+        "enable_progress_bars": sys.stderr.isatty(),
+        "raise_original_map_exception": True,
+    }
+    was = {name: getattr(context, name) for name in settings}
+    ordered = context.execution_options.preserve_order
+    context.execution_options.preserve_order = True
     try:
+        for name, value in settings.items():
+            setattr(context, name, value)
         yield
     finally:
-        context.target_max_block_size, options.preserve_order, context.enable_progress_bars = was
+        for name, value in was.items():
+            setattr(context, name, value)
+        context.execution_options.preserve_order = ordered
 
 
 @dataclass(frozen=True)
@@ -247,7 +257,8 @@ def _told(error: Exception) -> Exception:
     """What a user can do something about, from inside of Ray's error; otherwise the error itself."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, InputError):
+        # Ray's error is made to be an InputError too, with a traceback for its text.
+        if isinstance(cause, InputError) and not isinstance(cause, ray.exceptions.RayError):
             return InputError(str(cause))
         cause = getattr(cause, "cause", None) or cause.__cause__
     return error

@@ -95,13 +95,15 @@ def test_embeddings_as_parquet(cluster, job):
     )
     run(one, progress=False)
     many = replace(one, output=job.output.with_name("many.parquet"))
-    run_on_ray(many, cluster)
+    run_on_ray(many, replace(cluster, actors=1))
     assert parquet.read_table(many.output).equals(parquet.read_table(one.output))
 
 
 def test_what_a_worker_finds_wrong_is_told_in_a_line(cluster, job):
     with pytest.raises(InputError) as told:
-        run_on_ray(replace(job, output=job.output.with_name("bad.csv"), skip_bad=False), cluster)
+        run_on_ray(
+            replace(job, output=job.output.with_name("bad.csv"), skip_bad=False), replace(cluster, actors=1)
+        )
     assert str(told.value).startswith(
         f"{job.inputs[0] / 'b.jsonl'}:1251: expected one JSON object a line, got "
     )
