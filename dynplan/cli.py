@@ -1,4 +1,4 @@
-"""The ``dynplan`` command: demo, finetune, evaluate, study, bench, env."""
+"""The ``dynplan`` command: demo, finetune, evaluate, study, predict, embed, bench, env."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from dynplan.commands import bench, demo, env, evaluate, finetune, study
+from dynplan.commands import bench, demo, embed, env, evaluate, finetune, predict, study
 from dynplan.errors import InputError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich takes brackets for markup, and cuts long names of options to fit its boxes
 )
-for module in (demo, finetune, evaluate, study, bench, env):
+for module in (demo, finetune, evaluate, study, predict, embed, bench, env):
     app.command(module.NAME)(module.command)
 
 

@@ -36,14 +36,14 @@ def write(path, rows):
 
 def test_help_names_every_command():
     text = invoke("--help").output
-    assert all(name in text for name in ("demo", "finetune", "evaluate", "bench", "env"))
+    assert all(name in text for name in ("demo", "finetune", "evaluate", "predict", "embed", "bench", "env"))
 
 
 def test_version():
     assert invoke("--version").output == f"dynplan {dynplan.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "finetune", "evaluate", "bench", "env"])
+@pytest.mark.parametrize("command", ["demo", "finetune", "evaluate", "predict", "embed", "bench", "env"])
 def test_help_holds_every_option_and_default(command):
     """Nothing is taken for markup, and no name is cut."""
     done = invoke(command, "--help")

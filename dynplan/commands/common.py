@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 
 import dynplan
 from dynplan.files import writing
+from dynplan.loading import load, load_tokenizer
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.training import (
     InputError,
@@ -15,9 +15,7 @@ from dynplan.training import (
     check_tokens,
     encode_rows,
     evaluate,
-    load,
     load_run,
-    load_tokenizer,
     plain_model,
     planner_plans,
     read_rivals,
@@ -55,12 +53,6 @@ def parse_weights(text: str | None) -> tuple[str, ...]:
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def quiet() -> None:
-    """No tables and bars from transformers: what matters in them is checked, and said in a line."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def evaluate_folder(

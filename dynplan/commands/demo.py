@@ -16,8 +16,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Fine-tune a real encoder on real film reviews, plan its layers per sample, compare and report."""
-    from dynplan.commands.common import quiet
     from dynplan.demo import run_demo
+    from dynplan.loading import quiet
 
     quiet()
     run_demo(output, quick=quick, seed=seed)

@@ -44,9 +44,9 @@ def command(
         evaluate_folder,
         parse_budgets,
         parse_weights,
-        quiet,
         set_threads,
     )
+    from dynplan.loading import quiet
     from dynplan.training import check_output
 
     quiet()

@@ -62,8 +62,10 @@ def command(
 ) -> None:
     """Fine-tune an encoder with exits on the way, or so that it stands layer bypass with a planner."""
     need("train", "accelerate", "sklearn", "scipy")
-    from dynplan.commands.common import evaluate_folder, parse_budgets, quiet, set_threads
+    from dynplan.commands.common import evaluate_folder, parse_budgets, set_threads
+    from dynplan.loading import quiet
     from dynplan.training import Recipe, finetune
+    from dynplan.training.ranks import processes
 
     recipe = Recipe(
         plain_epochs=plain_epochs,
@@ -104,7 +106,8 @@ def command(
         raise typer.Exit(130) from stop
     except WriteError as error:
         raise InputError(f"{error}; with room made, the same command with --resume goes on") from error
-    if held_out and (planner == "exits" or (planner != "none" and planner_epochs > 0)):
+    scored = planner == "exits" or (planner != "none" and planner_epochs > 0)
+    if held_out and scored and processes().is_main_process:
         evaluate_folder(output, held_out, f"{output.name} on {evaluation.name}", recipe.budgets, seconds=0)
 
 

@@ -32,7 +32,8 @@ def command(
 ) -> None:
     """Train, evaluate and compare, task by task; the same command goes on with a killed one."""
     need("train", "accelerate", "sklearn", "scipy")
-    from dynplan.commands.common import parse_budgets, quiet, set_threads
+    from dynplan.commands.common import parse_budgets, set_threads
+    from dynplan.loading import quiet
     from dynplan.training import Recipe
     from dynplan.training.study import GLUE, Study, report_lines, run_study
 

@@ -1,9 +1,10 @@
 """The fine-tuning recipe on Hugging Face's Trainer, and how its result is judged. Extra: ``train``."""
 
 from dynplan.errors import InputError
+from dynplan.loading import load, load_tokenizer
 from dynplan.training.data import Task, encode_labels, encode_rows, infer_task
 from dynplan.training.evaluate import Row, evaluate, plain_model, planner_plans
-from dynplan.training.models import check_tokens, load, load_tokenizer
+from dynplan.training.models import check_tokens
 from dynplan.training.recipe import finetune
 from dynplan.training.record import check_output, load_run, read_rivals
 from dynplan.training.report import rich_table, verdict, write_report

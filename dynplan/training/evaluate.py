@@ -18,11 +18,11 @@ from transformers import AutoModelForSequenceClassification
 import dynplan
 from dynplan.benchmarking import interleave
 from dynplan.errors import InputError
+from dynplan.loading import load
 from dynplan.nn.exits import Exits
 from dynplan.policies import ConfidenceExit, KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.stream_budget import StreamBudget
 from dynplan.training.data import EncodedDataset, Task
-from dynplan.training.models import load
 from dynplan.training.predict import beside, make_batches, predict
 from dynplan.training.progress import steps
 

@@ -1,47 +1,15 @@
-"""Models and tokenizers from folders: what cannot be used is refused before any time is spent."""
+"""Encoders to be trained: what cannot be used is refused before any time is spent."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 import dynplan
 from dynplan.errors import InputError
+from dynplan.loading import load, missing_weights
 from dynplan.training.data import EncodedDataset, Task
-
-
-def load(name: str, folder: str | Path, loader: Callable):
-    """``loader(folder)``; whatever it raises becomes an InputError in one line.
-
-    name: of the option that gave the folder.
-    """
-    try:
-        return loader(folder)
-    except InputError:
-        raise
-    except Exception as error:  # these loaders raise nearly anything for a damaged folder
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) <= 300 else reason[:300] + "..."
-        raise InputError(
-            f"{name}: expected a folder that can be loaded, got {folder} ({type(error).__name__}: {reason})"
-        ) from error
-
-
-def load_tokenizer(folder: str | Path):
-    """The tokenizer in ``folder``; transformers would make up an empty one where there is none."""
-    folder = Path(folder)
-    tokenizer = load("tokenizer", folder, AutoTokenizer.from_pretrained)
-    names = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
-    if not any((folder / name).is_file() for name in names):
-        raise InputError(
-            f"tokenizer: expected one of {', '.join(names)} in {folder}, got none; "
-            "save the model's tokenizer there (tokenizer.save_pretrained)"
-        )
-    if tokenizer.pad_token is None:
-        raise InputError(f"tokenizer: expected a padding token, got a tokenizer in {folder} without")
-    return tokenizer
 
 
 def load_classifier(folder: str | Path, task: Task) -> nn.Module:
@@ -62,15 +30,7 @@ def load_classifier(folder: str | Path, task: Task) -> nn.Module:
     model, info = load("model", folder, from_folder)
     # First whether it is supported at all: another architecture lacks most weights.
     load("model", folder, lambda _: dynplan.unswap(dynplan.swap(model)))
-    inside = model.base_model_prefix + "."
-    fresh = sorted(
-        name for name in info["missing_keys"] if name.startswith(inside) and ".pooler." not in name
-    )
-    if fresh:
-        raise InputError(
-            f"model: expected weights of the whole encoder in {folder}, got none for {fresh[0]}"
-            + (f" and {len(fresh) - 1} more" if len(fresh) > 1 else "")
-        )
+    missing_weights(folder, model, info)
     return model
 
 

@@ -12,6 +12,8 @@ Three objectives; all are our own choice among what the literature on layer skip
 ``reward`` and ``values`` never differentiate through the encoder, so their forwards run on the fused kernels.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from dynplan.budget import within_budget
 from dynplan.policies import FixedPath, PlannerPolicy, PlanRequest, Policy
 from dynplan.training.losses import path_divergence, sample_losses
 from dynplan.training.predict import beside, make_batches, predict
+from dynplan.training.ranks import draw_share
 from dynplan.training.trainer import PlainTrainer
 
 OBJECTIVES = ("gates", "reward", "values")
@@ -38,6 +41,10 @@ class PlannerLearner(nn.Module):
     @property
     def encoder(self) -> nn.Module:
         return self._encoder[0]
+
+    def forward(self, loss: Callable[..., Tensor], *arguments) -> Tensor:
+        """The loss, computed where several processes see that gradients are wanted."""
+        return loss(*arguments)
 
 
 class _Look(Policy):
@@ -129,9 +136,9 @@ class PlannerTrainer(PlainTrainer):
         labels, measured = inputs.pop("labels"), inputs.pop("path_qualities", None)
         planner, encoder = self.model.planner, self.model.encoder
         if self.objective == "values":
-            return self._values(planner, look(encoder, inputs), measured)
+            return model(self._values, planner, look(encoder, inputs), measured)
         step = self._gates if self.objective == "gates" else self._reward
-        return step(encoder, planner, inputs, labels, self._draw_budget())
+        return model(step, encoder, planner, inputs, labels, self._draw_budget())
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         encoder, planner = self.model.encoder, self.model.planner
@@ -186,7 +193,8 @@ class PlannerTrainer(PlainTrainer):
         scores = planner(request.hidden, request.cu_seqlens, budget)
         logs, keeps = [], []
         for _ in range(self.plans):
-            noisy = scores.detach() + torch.logit(torch.rand_like(scores), eps=1e-6)
+            noise = draw_share(lambda rows: torch.rand(rows, scores.shape[1]), len(scores)).to(scores)
+            noisy = scores.detach() + torch.logit(noise, eps=1e-6)
             keep = within_budget(noisy, request.cu_seqlens, budget)
             # Given the cut's level, logistic noise makes every decision an independent Bernoulli draw.
             inside, outside = (

@@ -18,6 +18,7 @@ import dynplan
 from dynplan.budget import whole_layers
 from dynplan.errors import InputError, WriteError
 from dynplan.files import drop_unfinished, fresh_folder, settle_files, settle_folder, writing
+from dynplan.loading import load_tokenizer
 from dynplan.nn import Exits, StepwisePlanner, UpfrontPlanner
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, StaticPath
 from dynplan.search import search_static_path
@@ -32,10 +33,11 @@ from dynplan.training.exits import (
     rivals,
 )
 from dynplan.training.menu import candidate_paths, choose_menu
-from dynplan.training.models import check_tokens, load_classifier, load_tokenizer
+from dynplan.training.models import check_tokens, load_classifier
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
 from dynplan.training.predict import make_batches, path_qualities, predict
 from dynplan.training.progress import StageProgress, say, steps
+from dynplan.training.ranks import from_first, processes, share_of_batch
 from dynplan.training.record import (
     RECIPE,
     RIVALS,
@@ -84,12 +86,15 @@ def finetune(
 
 class _Run:
     def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks):
-        self.recipe, self.progress, self.callbacks = recipe, progress, callbacks
+        self.ranks = processes()
+        self.recipe, self.callbacks = recipe, callbacks
+        self.progress = progress = progress and self.ranks.is_main_process
+        share_of_batch(recipe.batch_size)
         self.source, self.output = Path(model), check_output(output, resume)
         # Nothing is trained before recipe.json is there.
         self.resume = resume and (self.output / RECIPE).exists()
         self.task: Task = infer_task(rows, task)
-        described = describe_run(self.task, recipe, self.source, rows)
+        described = describe_run(self.task, recipe, self.source, rows, self.ranks.num_processes)
         if self.resume:
             check_same_run(self.output, described)
         if not (self.source / "config.json").is_file():
@@ -111,9 +116,11 @@ class _Run:
             epochs |= {"robust": recipe.robust_epochs, "static": 1, "planner": recipe.planner_epochs}
         self.stages = [stage for stage, count in epochs.items() if count > 0]
         say(describe_task(self.task, rows), progress)
-        drop_unfinished(self.output, (RECIPE, STATIC, RIVALS, "metrics.jsonl"))
-        if not self.resume:
-            record_run(self.output, described)
+        self.ranks.wait_for_everyone()  # all have looked at the folder
+        if self.ranks.is_main_process:
+            drop_unfinished(self.output, (RECIPE, STATIC, RIVALS, "metrics.jsonl"))
+            if not self.resume:
+                record_run(self.output, described)
 
     def _encode(self, rows: list[dict]) -> EncodedDataset:
         return encode_rows(rows, self.task, self.tokenizer, self.recipe.max_length)
@@ -143,10 +150,12 @@ class _Run:
     def _finish(self, model: nn.Module, policy: Policy) -> nn.Module:
         model.requires_grad_(True)
         model.dynplan.policy = policy
-        with writing(self.output):
-            unfinished = self._save(model)
-            # Without dynplan.json the folder is not taken for a finished one.
-            settle_files(unfinished, self.output, last=["dynplan.json"])
+        if self.ranks.is_main_process:
+            with writing(self.output):
+                unfinished = self._save(model)
+                # Without dynplan.json the folder is not taken for a finished one.
+                settle_files(unfinished, self.output, last=["dynplan.json"])
+        self.ranks.wait_for_everyone()
         return model
 
     def _save(self, model: nn.Module) -> Path:
@@ -172,9 +181,11 @@ class _Run:
 
     def _train(self, trainer, stage: str) -> None:
         folder = self._checkpoints(stage)
-        if not self.resume:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that is not this one
-        drop_unfinished(folder, ())
+        if self.ranks.is_main_process:
+            if not self.resume:
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that is not this one
+            drop_unfinished(folder, ())
+        self.ranks.wait_for_everyone()
         shown = StageProgress(self._title(stage), self.progress)
         trainer.add_callback(shown)
         try:
@@ -196,7 +207,7 @@ class _Run:
         arguments = self._arguments(
             stage,
             epochs=epochs,
-            batch_size=self.recipe.batch_size,
+            batch_size=share_of_batch(self.recipe.batch_size),
             learning_rate=learning_rate,
             bf16=self.recipe.bf16,
         )
@@ -206,11 +217,18 @@ class _Run:
         self._train(trainer, stage)
         if trainer_class is RobustTrainer:
             model = dynplan.unswap(model)
-        with writing(done):
-            unfinished = self._save(model)
-            (unfinished / _DONE).write_text(json.dumps({"stage": stage}) + "\n", encoding="utf-8")
-            settle_folder(unfinished, done)
+        self._settle_stage(model, stage)
         return done
+
+    def _settle_stage(self, model: nn.Module, stage: str) -> None:
+        """What a stage leaves in its folder, whole, on one process."""
+        done = self.output / stage
+        if self.ranks.is_main_process:
+            with writing(done):
+                unfinished = self._save(model)
+                (unfinished / _DONE).write_text(json.dumps({"stage": stage}) + "\n", encoding="utf-8")
+                settle_folder(unfinished, done)
+        self.ranks.wait_for_everyone()
 
     def _fit_exits(self, source: Path) -> nn.Module:
         """The swapped model with its exits, trained and calibrated on the held-out rows."""
@@ -227,7 +245,7 @@ class _Run:
         arguments = self._arguments(
             "exits",
             epochs=self.recipe.exit_epochs,
-            batch_size=self.recipe.batch_size,
+            batch_size=share_of_batch(self.recipe.batch_size),
             learning_rate=self.recipe.learning_rate,
             bf16=self.recipe.bf16,
         )
@@ -246,11 +264,9 @@ class _Run:
         held = make_batches(self.held, self.tokenizer, 64, by_length=True)
         answers = exit_answers(model.eval(), exits, held, self.task)
         model.dynplan.policy = calibrate(exits, answers, self.task)
-        write_rivals(self.output, rivals(exits, answers, self.task))
-        with writing(done):
-            unfinished = self._save(model)
-            (unfinished / _DONE).write_text(json.dumps({"stage": "exits"}) + "\n", encoding="utf-8")
-            settle_folder(unfinished, done)
+        if self.ranks.is_main_process:
+            write_rivals(self.output, rivals(exits, answers, self.task))
+        self._settle_stage(model, "exits")
         return model
 
     def _search(self, model: nn.Module) -> StaticPath:
@@ -279,8 +295,11 @@ class _Run:
                 progress=False,
                 cost=cost,
             )
-        write_static(self.output, static)
-        return static
+        # All processes have searched, so that none waits for long; the first one's result counts.
+        if self.ranks.is_main_process:
+            write_static(self.output, static)
+        self.ranks.wait_for_everyone()
+        return read_static(self.output)
 
     def _search_batches(self) -> list[dict]:
         rows = self.held.sample(self.recipe.search_rows, self.recipe.seed)
@@ -303,7 +322,7 @@ class _Run:
         arguments = self._arguments(
             "planner",
             epochs=recipe.planner_epochs,
-            batch_size=32,
+            batch_size=-(-32 // self.ranks.num_processes),
             learning_rate=recipe.planner_learning_rate,
             metric_for_best_model="quality",
         )
@@ -334,11 +353,13 @@ class _Run:
         recipe, layers = self.recipe, model.dynplan.num_layers
         fixed = len(static.paths) + 1
         candidates = candidate_paths(static.paths, layers, 3 * recipe.menu_size, recipe.seed)
-        qualities = path_qualities(model, self._search_batches(), self.task, candidates, self.progress)
+        qualities = from_first(
+            path_qualities(model, self._search_batches(), self.task, candidates, self.progress)
+        )
         menu = choose_menu(qualities, candidates, max(recipe.menu_size, fixed), fixed)
         planner = UpfrontPlanner(model.config.hidden_size, layers, paths=menu)
         batches = make_batches(rows, self.tokenizer, 32)
-        qualities = path_qualities(model, batches, self.task, planner.paths, self.progress)
+        qualities = from_first(path_qualities(model, batches, self.task, planner.paths, self.progress))
         with torch.no_grad():
             # The start: every sample prefers the path with the best mean.
             planner.prior.copy_(qualities.mean(0))

@@ -39,7 +39,7 @@ def check_output(folder: Path, resume: bool = False) -> Path:
     return folder
 
 
-def describe_run(task: Task, recipe: Recipe, model: Path, rows: list[dict]) -> dict:
+def describe_run(task: Task, recipe: Recipe, model: Path, rows: list[dict], processes: int = 1) -> dict:
     """What ``recipe.json`` holds. The rows are known again by their hash."""
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     described = {
@@ -47,6 +47,7 @@ def describe_run(task: Task, recipe: Recipe, model: Path, rows: list[dict]) -> d
         "recipe": asdict(recipe),
         "model": model.resolve().name,
         "rows": {"count": len(rows), "sha256": digest},
+        "processes": processes,
     }
     return json.loads(json.dumps(described))  # tuples as the lists that a file gives back
 
@@ -77,6 +78,9 @@ def check_same_run(folder: Path, described: dict) -> None:
     elif recorded.get("task") != described["task"]:
         task = recorded.get("task") or {}
         changed.append(f"--task {described['task']['name']} (it began with {task.get('name')})")
+    if recorded.get("processes", 1) != described["processes"]:
+        count = recorded.get("processes", 1)
+        changed.append(f"{described['processes']} processes (it began with {count})")
     if changed:
         raise InputError(f"resume: expected the settings of the run in {folder}, got {', '.join(changed)}")
 

@@ -21,10 +21,10 @@ import dynplan
 from dynplan.benchmarking import environment
 from dynplan.errors import InputError
 from dynplan.files import write_whole, writing
+from dynplan.loading import load_tokenizer
 from dynplan.training.data import Task, encode_rows
 from dynplan.training.evaluate import Row, evaluate, plain_model
 from dynplan.training.metrics import task_metrics
-from dynplan.training.models import load_tokenizer
 from dynplan.training.predict import make_batches, predict
 from dynplan.training.progress import say
 from dynplan.training.recipe import finetune

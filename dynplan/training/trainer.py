@@ -20,6 +20,8 @@ from dynplan.training.checkpoints import BestCheckpoint, WholeCheckpoints
 from dynplan.training.data import EncodedDataset, LengthGroupedSampler, Task
 from dynplan.training.losses import draw_paths, path_divergence, path_sizes, sample_losses
 from dynplan.training.metrics import task_metrics
+from dynplan.training.predict import make_batches, predict
+from dynplan.training.ranks import draw_share
 
 
 class JsonLinesLog(TrainerCallback):
@@ -150,7 +152,9 @@ class PlainTrainer(WholeCheckpoints, Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return LengthGroupedSampler(dataset.lengths, self.args.train_batch_size, self.args.seed)
+        # Of all processes together: each takes its part of a batch of like lengths.
+        batch_size = self.args.train_batch_size * self.args.world_size
+        return LengthGroupedSampler(dataset.lengths, batch_size, self.args.seed)
 
 
 class RobustTrainer(PlainTrainer):
@@ -173,7 +177,8 @@ class RobustTrainer(PlainTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
         size, control = len(labels), self.model.dynplan
-        paths = draw_paths(size, control.num_layers, path_sizes(control.num_layers, *self.shares))
+        sizes = path_sizes(control.num_layers, *self.shares)
+        paths = draw_share(lambda rows: draw_paths(rows, control.num_layers, sizes), size)
         keep = torch.cat((torch.ones_like(paths), paths)).to(labels.device)
         control.policy = FixedPath(keep)
         logits = model(**{key: torch.cat((value, value)) for key, value in inputs.items()}).logits
@@ -186,7 +191,13 @@ class RobustTrainer(PlainTrainer):
         control.policy = KeepAll()
         figures = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         control.policy = RandomPath(sum(self.shares) / 2, seed=self.args.seed)
-        on_paths = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix + "_path")
+        # Whole on every process: a batch's paths depend on what else is in it, and on those drawn before.
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = make_batches(dataset, self.processing_class, self.args.eval_batch_size)
+        on_paths = predict(self.model, batches, self.task).figures(self.task)
+        on_paths = {f"{metric_key_prefix}_path_{name}": value for name, value in on_paths.items()}
+        self.log(on_paths)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, on_paths)
         control.policy = KeepAll()
         score = f"{metric_key_prefix}_score"
         figures[f"{metric_key_prefix}_full_score"] = figures[score]

@@ -7,6 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 import dynplan
+from dynplan.loading import load_tokenizer
 from dynplan.nn import Exits
 from dynplan.policies import ConfidenceExit, EntropyExit, LearnedExit, PatienceExit
 from dynplan.training import (
@@ -29,7 +30,6 @@ from dynplan.training.exits import (
     masked_mean,
     rivals,
 )
-from dynplan.training.models import load_tokenizer
 from dynplan.training.predict import make_batches
 
 QUICK = Recipe(exit_epochs=2, max_length=16, learning_rate=3e-3, holdout=0.3)
@@ -204,7 +204,7 @@ def test_rivals_ask_every_exit():
         ({"exit_epochs": 0}, "expected --exit-epochs above 0"),
         ({"planner_objective": "gates"}, "no objective for exits"),
         ({"exit_learning_rate": 0}, "--exit-learning-rate to be a number above 0"),
-        ({"planner": "ladder"}, "expected planner to be one of exits, upfront, stepwise, got 'ladder'"),
+        ({"planner": "ladder"}, "expected planner to be one of exits, upfront, stepwise, none, got 'ladder'"),
     ],
 )
 def test_settings_are_checked(settings, text):

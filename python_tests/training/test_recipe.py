@@ -310,7 +310,7 @@ def test_pairs_and_regression(tiny_model, rows, tmp_path):
 def test_settings_are_checked(tmp_path, tiny_model, rows):
     for settings, words in (
         ({"budgets": (1.5,)}, "budgets within 0..1, got 1.5"),
-        ({"planner": "oracle"}, "planner to be one of exits, upfront, stepwise, got 'oracle'"),
+        ({"planner": "oracle"}, "planner to be one of exits, upfront, stepwise, none, got 'oracle'"),
         ({"planner_objective": "luck"}, "objective to be one of gates, reward, values, got 'luck'"),
         ({"planner": "stepwise", "planner_objective": "reward"}, "objective gates for a stepwise planner"),
         ({"shares": (0.9, 0.4)}, "shares to be rising within 0..1"),

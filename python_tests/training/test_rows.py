@@ -4,9 +4,10 @@ import csv
 import gzip
 import json
 import sys
-import types
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dynplan.errors import InputError
 from dynplan.training.data import encode_labels, infer_task
@@ -55,36 +56,47 @@ def test_every_format(tmp_path, name, write):
 
 
 def test_parquet(tmp_path, monkeypatch):
-    """pyarrow's part is to turn bytes into dictionaries; a stand-in does that here."""
     place = tmp_path / "a.parquet"
-    place.write_bytes(b"bytes")
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), place)
+    assert read_rows(place, COLUMNS) == ROWS
+    for name, pack in ((".gz", gzip.compress), (".zst", pyarrow.Codec("zstd").compress)):
+        packed = tmp_path / f"a.parquet{name}"
+        packed.write_bytes(pack(place.read_bytes()))
+        assert read_rows(packed, COLUMNS) == ROWS
+    with pytest.raises(InputError, match="a.parquet: row 1: expected a column 'text', got 'id', 'review', "):
+        read_rows(place, Columns("text"))
+    place.write_bytes(b"damaged bytes")
+    with pytest.raises(
+        InputError,
+        match="expected a readable parquet file, got Parquet magic bytes not found in footer[^\n]+$",
+    ):
+        read_rows(place)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
         InputError, match="a.parquet: expected pyarrow to be installed; run: pip install pyarrow"
     ):
         read_rows(place)
 
-    class Damaged(Exception):
-        pass
 
-    def read_table(content):
-        if content == b"damaged":
-            raise Damaged("Parquet magic bytes not found\nin footer")
-        return types.SimpleNamespace(to_pylist=lambda: RECORDS)
+def test_zstd(tmp_path):
+    place, lines = tmp_path / "a.jsonl.zst", "".join(json.dumps(record) + "\n" for record in RECORDS)
+    packed = pyarrow.Codec("zstd").compress(lines.encode(), asbytes=True)
+    place.write_bytes(packed + packed)
+    assert read_rows(place, COLUMNS) == ROWS + ROWS
+    for body in (packed[:-5], packed[: len(packed) // 2], packed + b"trailing", b"not zstd"):
+        place.write_bytes(body)
+        with pytest.raises(
+            InputError, match="a.jsonl.zst: expected a readable file of JSON lines, got [^\n]+$"
+        ):
+            read_rows(place, COLUMNS)
 
-    arrow, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
-    arrow.BufferReader, arrow.ArrowException, arrow.parquet = bytes, Damaged, parquet
-    parquet.read_table = read_table
-    monkeypatch.setitem(sys.modules, "pyarrow", arrow)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
-    assert read_rows(place, COLUMNS) == ROWS
-    with pytest.raises(InputError, match="a.parquet: row 1: expected a column 'text', got 'id', 'review', "):
-        read_rows(place, Columns("text"))
-    place.write_bytes(b"damaged")
-    with pytest.raises(
-        InputError, match="expected a readable parquet file, got Parquet magic bytes not found$"
-    ):
-        read_rows(place)
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"sentence1": "a", "label": 1}\n{"sentence1": "\xff", "label": 1}\n')
+    (tmp_path / "a.csv").write_bytes(b"sentence1,label\n\xff,1\n")
+    for name in ("a.jsonl", "a.csv"):
+        with pytest.raises(InputError, match=f"{name}:2: expected text in UTF-8, got "):
+            read_rows(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+"""``dynplan embed``: sentence embeddings for rows of files."""
+
+from typing import Annotated
+
+import typer
+
+from dynplan.commands import options
+from dynplan.commands.options import Text, TextPair, Threads
+
+NAME = "embed"
+
+
+def command(
+    model: options.Model,
+    inputs: options.Inputs,
+    output: options.Output,
+    key: options.Key = None,
+    text: Text = "sentence1",
+    text_pair: TextPair = None,
+    pooling: Annotated[
+        str | None,
+        typer.Option(help="mean, cls or max.", show_default="as sentence-transformers saved it, else mean"),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Vectors of length 1.",
+            show_default="as sentence-transformers saved it, else not",
+        ),
+    ] = None,
+    budget: options.Budget = None,
+    weights: options.Weights = None,
+    batch_size: options.BatchSize = 32,
+    window: options.WindowSize = 2048,
+    max_length: options.MaxLength = None,
+    workers: options.Workers = 1,
+    threads: Threads = None,
+    skip_bad: options.SkipBad = False,
+    bad_rows: options.BadRows = None,
+    resume: options.Resume = False,
+    ray: options.Ray = None,
+    actors: options.Actors = 1,
+) -> None:
+    """Write the embedding, path and layers run of every row, in the rows' order."""
+    options.need("predict", "pyarrow")
+    from dynplan.commands.inference import run_files
+    from dynplan.inference import InputColumns, ModelSettings, RunSettings
+
+    settings = RunSettings(
+        ModelSettings(model, "embed", budget, weights, pooling, normalize),
+        tuple(inputs),
+        output,
+        InputColumns(text, text_pair, key),
+        skip_bad,
+        bad_rows,
+        batch_size,
+        window,
+        max_length,
+        workers,
+    )
+    run_files(settings, threads, resume, ray, actors)

@@ -1,0 +1,1 @@
+"""A small server whose budget follows its queue, and a load test of it."""
