@@ -61,9 +61,9 @@ def export_onnx(
     if "dynplan" in vars(original):
         unswap(original)
     bare = find_encoder("export_onnx", original)[0]
-    stack = getattr(bare, family.stack[0])
+    owner, _, name = family.layers.rpartition(".")
     chosen = [layer for layer, wanted in zip(family.layers_of(bare), kept, strict=True) if wanted]
-    setattr(stack, family.layers, nn.ModuleList(chosen))
+    setattr(bare.get_submodule(owner), name, nn.ModuleList(chosen))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     settings = {
         "input_names": list(inputs),

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import GenerationMixin
 
 from dynplan.integrations.huggingface.controller import Controller
-from dynplan.integrations.huggingface.families import FAMILIES, Family, find_family
+from dynplan.integrations.huggingface.families import FAMILIES, READS, Family, find_family
 from dynplan.integrations.huggingface.forward import SwappedForward
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
 from dynplan.policy_files import DESCRIPTION, load_policy, save_policy
-
-# Heads that would take padding for text: what they read there is zero in a swapped model.
-_READS_PADDING = ("ForQuestionAnswering",)
 
 
 def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None = None) -> nn.Module:
@@ -47,6 +45,7 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
             dtype.
     """
     bare, family, suffix = find_encoder("swap", model)
+    reads = "tokens" if bare is model else READS.get(suffix, "all")
     if isinstance(vars(bare).get("forward"), SwappedForward):
         raise ValueError(
             "swap: expected a model that is not swapped, got one that is; "
@@ -65,7 +64,7 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
     refused = controller.state().why_refused
     if refused is not None:
         raise NotImplementedError(f"swap: {refused}")
-    bare.forward = SwappedForward(bare, family, controller, family.heads.get(suffix, False))
+    bare.forward = SwappedForward(bare, family, controller, reads)
     model.dynplan = controller
     model.save_pretrained = SwappedSave(model, controller)
     return model
@@ -168,24 +167,27 @@ def _check_fit(model: nn.Module, folder: str | os.PathLike) -> None:
 
 def find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]:
     """The bare encoder, its family and the suffix of the model's class."""
+    if isinstance(model, GenerationMixin):
+        raise NotImplementedError(
+            f"{caller}: expected an encoder, got {type(model).__name__}, which generates text: a causal mask "
+            "would make each token's work depend on its place"
+        )
     found = find_family(model)
     if found is None:
-        known = ", ".join(family.bare for family in FAMILIES)
-        inside = [(name, *found) for name, part in model.named_modules() if (found := find_family(part))]
+        known = ", ".join(f"{family.prefix}{family.bare}" for family in FAMILIES)
+        inside = [(name, part) for name, part in model.named_modules() if name and find_family(part)]
         remedy = ""
-        if type(model).__name__.endswith(_READS_PADDING):
-            remedy = "; its head reads padding positions, which a swapped encoder leaves zero"
-        elif inside and inside[0][0]:
+        if inside:
+            name, part = inside[0]
             remedy = (
-                f"; it holds a {inside[0][1].prefix}{inside[0][2]}: "
-                f"dynplan.{caller}(model.get_submodule({inside[0][0]!r})) if what reads it ignores padding"
+                f"; it holds a {type(part).__name__}: dynplan.{caller}(model.get_submodule({name!r})) if what "
+                "reads it ignores padding"
             )
         raise TypeError(
-            f"{caller}: expected one of {known}, or one of these with a head for classification of sequences "
-            f"or tokens, got {type(model).__name__}{remedy}"
+            f"{caller}: expected one of {known}, or one of these with a head, got {type(model).__name__}{remedy}"
         )
-    family, suffix = found
-    return model if suffix == "Model" else getattr(model, family.attribute), family, suffix
+    family, bare, suffix = found
+    return bare, family, suffix
 
 
 def _check_weights(bare: nn.Module, weights: str) -> None:

@@ -1,0 +1,188 @@
+"""Every family: what its own forward gives, along any path, with gradients, saved, loaded and copied."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import ATOL, assert_close_to_exact
+from integrations.families import BY_NAME, PATHS, TINY, alone, build, encoder_of, heads_of, with_layers
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynplan
+from dynplan.integrations.huggingface.families import READS
+from dynplan.policies import FixedPath
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:dynplan. runs the model's own modules"),
+]
+HEADS = [(name, head) for name in BY_NAME for head in heads_of(name)]
+PER_SAMPLE = [pytest.param(*pair, id=pair[1]) for pair in HEADS]
+
+
+def real(value, inputs):
+    mask = inputs.get("attention_mask")
+    return value if mask is None or value.shape[:2] != mask.shape else value[mask.bool()]
+
+
+def last(model, inputs):
+    return model(**inputs).last_hidden_state
+
+
+def test_the_table_is_whole():
+    assert list(BY_NAME) == list(TINY)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_keep_all_equals_the_original(name):
+    model, inputs = build(name), TINY[name].inputs()
+    theirs = last(model, inputs)
+    exact = last(copy.deepcopy(model).double(), as_double(inputs))
+    ours = last(dynplan.swap(model), inputs)
+    assert_close_to_exact(*(real(value, inputs) for value in (ours, theirs, exact)))
+    assert model.dynplan.last_plan.all() and model.dynplan.last_plan.shape == (5, 4)
+    if BY_NAME[name].parts is None:
+        assert torch.equal(ours, theirs), "padding too"
+
+
+def as_double(inputs):
+    return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+
+
+def each_alone(name, model, inputs):
+    """The last states of each sample by itself, through the layers of its path and no other."""
+    outputs = [
+        last(with_layers(name, model, path), alone(name, inputs, sample)) for sample, path in enumerate(PATHS)
+    ]
+    return torch.cat([output.flatten(0, 1) for output in outputs])
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_a_path_equals_each_sample_alone(name):
+    model, inputs = build(name), TINY[name].inputs()
+    theirs = each_alone(name, model, inputs)
+    exact = each_alone(name, copy.deepcopy(model).double(), as_double(inputs))
+    every = last(model, inputs)
+    ours = last(dynplan.swap(model, FixedPath(PATHS)), inputs)
+    assert_close_to_exact(real(ours, inputs).reshape(theirs.shape), theirs, exact)
+    assert torch.equal(model.dynplan.last_plan, PATHS)
+    assert not torch.allclose(real(ours, inputs), real(every, inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_hidden_states(name):
+    model, inputs = build(name), TINY[name].inputs()
+    theirs = model(**inputs, output_hidden_states=True).hidden_states
+    dynplan.swap(model)
+    for _ in range(2):
+        ours = model(**inputs, output_hidden_states=True).hidden_states
+        assert len(ours) == len(theirs) == 5
+        for mine, their in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(real(mine, inputs), real(their, inputs), rtol=1e-3, atol=1e-3)
+    model.dynplan.policy = FixedPath(PATHS)
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    for layer in range(3):  # a norm may follow the last
+        mask = inputs.get("attention_mask", torch.ones(states[0].shape[:2])).bool()
+        pairs = zip(states[layer], states[layer + 1], mask, strict=True)
+        assert [torch.equal(a[m], b[m]) for a, b, m in pairs] == (~PATHS[:, layer]).tolist()
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_gradients(name):
+    model, inputs = build(name).double(), as_double(TINY[name].inputs())
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad)
+    weights = torch.randn(32, generator=torch.Generator().manual_seed(2)).double()
+    expected = {}
+    for sample, path in enumerate(PATHS):
+        oracle = with_layers(name, model, path)
+        (last(oracle, alone(name, inputs, sample)) * weights).sin().sum().backward()
+        kept = [index for index, wanted in enumerate(path.tolist()) if wanted]
+        stem = BY_NAME[name].layers + "."
+        for key, parameter in oracle.named_parameters():
+            if parameter.grad is None:
+                continue
+            if key.startswith(stem) and not BY_NAME[name].shared:
+                index, _, rest = key.removeprefix(stem).partition(".")
+                key = f"{stem}{kept[int(index)]}.{rest}"
+            if not BY_NAME[name].shared:
+                expected[key] = expected.get(key, 0) + parameter.grad
+    dynplan.swap(model, FixedPath(PATHS))
+    (real(last(model, inputs), inputs) * weights).sin().sum().backward()
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert len(found) > 10
+    for key, gradient in expected.items():
+        if gradient.any():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_saved_loaded_copied_and_given_back(name, tmp_path):
+    model, inputs = build(name), TINY[name].inputs()
+    theirs = last(model, inputs)
+    dynplan.swap(model, FixedPath(PATHS))
+    ours = last(model, inputs)
+    assert torch.equal(last(copy.deepcopy(model), inputs), ours)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(last(dynplan.from_pretrained(tmp_path), inputs), ours)
+    assert torch.equal(last(dynplan.unswap(model), inputs), theirs)
+
+
+@pytest.mark.parametrize("name", [name for name, family in BY_NAME.items()])
+@torch.no_grad()
+def test_half_of_the_layers_is_half_of_their_work(name):
+    model, inputs = build(name), TINY[name].inputs()
+    dynplan.swap(model)
+    handle = encoder_of(name, model).register_forward_hook(lambda *_: None)
+    half = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]).bool()
+    spent = []
+    for path in (torch.zeros(5, 4).bool(), half, torch.ones(5, 4).bool()):
+        model.dynplan.policy = FixedPath(path)
+        # Counted where PyTorch sees it: with a gradient the kernels stand back.
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            last(model, inputs)
+        spent.append(counter.get_total_flops())
+    handle.remove()
+    none, some, every = spent
+    assert every > none
+    assert (some - none) / (every - none) < 0.6
+
+
+@pytest.mark.parametrize(("name", "head"), PER_SAMPLE)
+@torch.no_grad()
+def test_heads(name, head):
+    model, inputs = build(name, head), TINY[name].inputs()
+    if head.endswith("ForMultipleChoice"):
+        inputs = {key: torch.stack((value, value.flip(0)), 1) for key, value in inputs.items()}
+    theirs, exact = model(**inputs), copy.deepcopy(model).double()(**as_double(inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = dynplan.swap(model)(**inputs)
+    assert type(ours) is type(theirs) and list(ours) == list(theirs)
+    suffix = head.removeprefix(BY_NAME[name].prefix)
+    for key, value in theirs.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        triple = ours[key], value, exact[key]
+        if READS.get(suffix) is not None:
+            triple = tuple(real(one, inputs) for one in triple)
+        assert_close_to_exact(*triple, atol=10 * ATOL[torch.float32])
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if any(h.endswith("ForQuestionAnswering") for h in heads_of(name))])
+def test_answers_are_never_padding(name):
+    """The softmax of a head for questions is over all positions: its loss is the original's."""
+    model, inputs = build(name, f"{BY_NAME[name].prefix}ForQuestionAnswering"), TINY[name].inputs()
+    where = dict(start_positions=torch.zeros(5).long(), end_positions=torch.tensor([3, 1, 0, 2, 4]))
+    theirs = model(**inputs, **where)
+    swapped = dynplan.swap(copy.deepcopy(model))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            ours = swapped(**inputs, **where)
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-4)
+        assert torch.equal(ours.start_logits.argmax(1), theirs.start_logits.argmax(1))
