@@ -112,7 +112,7 @@ TINY = {
     "BertGeneration": Tiny(TEXT | _IDS),
     "Ernie": Tiny(TEXT),
     "LayoutLM": Tiny(TEXT),
-    "Splinter": Tiny(TEXT | dict(question_token_id=4), unlike={"ForPreTraining": "needs question tokens"}),
+    "Splinter": Tiny(TEXT | dict(question_token_id=4), unlike={"ForPreTraining": "needs question tokens", "ForQuestionAnswering": "needs question tokens"}),
     "Xmod": Tiny(TEXT | _IDS | dict(languages=["en_XX", "de_DE"], default_language="en_XX")),
     "XLMRobertaXL": Tiny(TEXT | _IDS),
     "RobertaPreLayerNorm": Tiny(TEXT | _IDS),

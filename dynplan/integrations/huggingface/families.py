@@ -274,6 +274,12 @@ FAMILIES = (
 )
 
 
+def find_class(name: str) -> type | None:
+    """A class of a family by its name, where transformers itself does not offer it."""
+    homes = (family.code for family in FAMILIES if name == f"{family.prefix}{family.bare}")
+    return next((getattr(home, name) for home in homes if hasattr(home, name)), None)
+
+
 def find_family(model: nn.Module) -> tuple[Family, nn.Module, str] | None:
     """The family of a model, its bare encoder and the suffix of its class; None: no class among its bases is a
     family's, or none with one bare encoder in it."""

@@ -8,11 +8,13 @@ so that a family needs no more than the path of its layers.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dynplan.integrations.huggingface.eager import names_of, run_layer
 from dynplan.integrations.huggingface.encoder_state import EncoderState
@@ -42,13 +44,13 @@ def run_original(
         NotImplementedError: the forward did not call each layer once, in their order.
     """
     args, options = arguments
-    if options.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
-        _install_capture(model)  # now, lest they be hung on each stand-in anew
     loop = _Loop(state, begin)
     *path, last = state.family.layers.split(".")
     owners = [model]
     for name in path:
         owners.append(owners[-1].get_submodule(name))
+    if options.get("output_hidden_states", getattr(model.config, "output_hidden_states", False)):
+        _install_capture(owners)  # now, lest they be hung on each stand-in anew
     planned = nn.ModuleList(PlannedLayer(layer, loop) for layer in getattr(owners[-1], last))
     twin = planned
     for owner, name in zip(reversed(owners), (last, *reversed(path)), strict=True):
@@ -131,21 +133,37 @@ class _Loop:
         """``after`` in the form of the layer's output, and for whoever collects states."""
         outputs = self.state.family.outputs
         output = (after, *[None] * (outputs - 1)) if outputs else after
-        for hook in capturing_hooks(layer):
-            hook(layer, (before,), output)
+        hooks = list(_hooks_inside(layer))
+        if len(hooks) > 1:
+            raise NotImplementedError(
+                f"dynplan: expected a model of which hidden states were never asked for, got one with "
+                f"{type(layer).__name__}, which has several inside; load it anew"
+            )
+        for module, hook in hooks:
+            hook(module, (before,), output)
         return output
 
 
-def _install_capture(model: nn.Module) -> None:
+def _hooks_inside(layer: nn.Module) -> Iterator[tuple[nn.Module, Callable]]:
+    """Modules of a layer with the hooks by which transformers collects states."""
+    for module in layer.modules():
+        for hook in capturing_hooks(module):
+            if inspect.getclosurevars(hook).nonlocals.get("key") == "hidden_states":
+                yield module, hook
+
+
+def _install_capture(owners: list[nn.Module]) -> None:
     """Let transformers hang on the layers what collects their states."""
     if importlib.util.find_spec("transformers.utils.output_capturing") is not None:
-        importlib.import_module("transformers.utils.output_capturing").maybe_install_capturing_hooks(model)
+        capturing = importlib.import_module("transformers.utils.output_capturing")
+        # The innermost model is the one that collects.
+        capturing.maybe_install_capturing_hooks([one for one in owners if isinstance(one, PreTrainedModel)][-1])
 
 
 @contextmanager
 def _without_capture(layer: nn.Module) -> Iterator[None]:
-    """Nothing is recorded of what the layer does to a part of the batch."""
-    if not capturing_hooks(layer):
+    """Nothing is collected of what the layer does to a part of the batch."""
+    if next(_hooks_inside(layer), None) is None:
         yield
         return
     from transformers.utils.output_capturing import _active_collector

@@ -17,8 +17,9 @@ from torch import nn
 from transformers import GenerationMixin
 
 from dynplan.integrations.huggingface.controller import Controller
-from dynplan.integrations.huggingface.families import FAMILIES, READS, Family, find_family
+from dynplan.integrations.huggingface.families import FAMILIES, READS, Family, LayerParts, find_class, find_family
 from dynplan.integrations.huggingface.forward import SwappedForward
+from dynplan.integrations.sentence_transformers import encoder_inside, is_folder_of, load
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
 from dynplan.policy_files import DESCRIPTION, load_policy, save_policy
@@ -28,8 +29,9 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
     """Put a Hugging Face encoder under a policy, in place.
 
     Args:
-        model: BERT, RoBERTa, XLM-RoBERTa or ELECTRA; the bare model, sequence or token classification. For
-            another model with such an encoder inside, swap the bare encoder.
+        model: an encoder of a family that dynplan knows, bare or with any head that generates no text; or a
+            ``SentenceTransformer`` or ``CrossEncoder`` round one, in which the encoder is swapped. For another
+            model with such an encoder inside, swap the bare encoder.
         policy: decides the plans; :class:`~dynplan.policies.KeepAll` by default.
         weights: "int8" or "bfloat16": the encoder's products run on copies of its weights in that type, see
             :func:`~dynplan.ops.pack_reduced_encoder_weights`. CPU and inference only: other forwards are
@@ -44,8 +46,17 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         ValueError: the model is swapped already; ``weights`` is unknown or not for the model's device or
             dtype.
     """
+    if (inside := encoder_inside(model)) is not None:
+        return _swap_inside(model, *inside, policy, weights)
+    return _swap(model, policy, weights)
+
+
+def _swap(
+    model: nn.Module, policy: Policy | None, weights: str | None, reads: str | None = None
+) -> nn.Module:
     bare, family, suffix = find_encoder("swap", model)
-    reads = "tokens" if bare is model else READS.get(suffix, "all")
+    if reads is None:
+        reads = "tokens" if bare is model else READS.get(suffix, "all")
     if isinstance(vars(bare).get("forward"), SwappedForward):
         raise ValueError(
             "swap: expected a model that is not swapped, got one that is; "
@@ -59,7 +70,7 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         if name in vars(model):
             raise ValueError(f"swap: expected {type(model).__name__} without an attribute {name}, got one")
     if weights is not None:
-        _check_weights(bare, weights)
+        _check_weights(bare, family.parts, weights)
     controller = Controller(bare, family, KeepAll() if policy is None else policy, weights)
     refused = controller.state().why_refused
     if refused is not None:
@@ -70,6 +81,17 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
     return model
 
 
+def _swap_inside(
+    model: nn.Module, inner: nn.Module, reads: str, policy: Policy | None, weights: str | None
+) -> nn.Module:
+    if "dynplan" in vars(model):
+        raise ValueError(f"swap: expected {type(model).__name__} without an attribute dynplan, got one")
+    headless = find_encoder("swap", inner)[0] is inner
+    _swap(inner, policy, weights, reads if headless or reads == "all" else None)
+    model.dynplan = inner.dynplan
+    return model
+
+
 def unswap(model: nn.Module) -> nn.Module:
     """Give back the original model, in place: what :func:`swap` set is removed, nothing else was changed.
 
@@ -77,6 +99,10 @@ def unswap(model: nn.Module) -> nn.Module:
         TypeError: an unknown model type or class.
         ValueError: the model is not swapped, or another library has wrapped its forward since.
     """
+    if (inside := encoder_inside(model)) is not None:
+        unswap(inside[0])
+        vars(model).pop("dynplan", None)
+        return model
     bare, _, _ = find_encoder("unswap", model)
     if "dynplan" not in vars(model):
         inside = " though its encoder is" if isinstance(vars(bare).get("forward"), SwappedForward) else ""
@@ -96,7 +122,8 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
     Args:
         folder: a local folder.
         weights: for :func:`swap`. It is not saved with the model: it suits the machine that runs it.
-        **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...).
+        **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...), or for the
+            class of sentence-transformers.
 
     Returns:
         The swapped model in evaluation mode.
@@ -108,9 +135,14 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"from_pretrained: expected a local folder, got {str(folder)!r}")
     policy, budget = load_policy(folder)
+    if is_folder_of(folder):
+        model = swap(load(folder, **options), policy, weights=weights)
+        _check_fit(encoder_inside(model)[0], folder)
+        model.dynplan.budget = budget
+        return model
     config = transformers.AutoConfig.from_pretrained(folder)
     names = config.architectures or ["none"]
-    model_class = getattr(transformers, str(names[0]), None)
+    model_class = getattr(transformers, str(names[0]), None) or find_class(str(names[0]))
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
             f"from_pretrained: expected a model class of transformers in config.json, got {names[0]}"
@@ -190,9 +222,14 @@ def find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]
     return bare, family, suffix
 
 
-def _check_weights(bare: nn.Module, weights: str) -> None:
+def _check_weights(bare: nn.Module, parts: LayerParts | None, weights: str) -> None:
     if weights not in REDUCED_DTYPES:
         raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
+    if parts is None:
+        raise ValueError(
+            f"swap: expected weights=None for {type(bare).__name__}, whose layers the kernels do not know, got "
+            f"{weights!r}"
+        )
     parameter = next(bare.parameters())
     if parameter.device.type != "cpu" or parameter.dtype == torch.float64:
         raise ValueError(
