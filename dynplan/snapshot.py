@@ -156,9 +156,7 @@ def has_hooks(module: nn.Module) -> bool:
 def capturing_hooks(module: nn.Module) -> list[Callable]:
     """Those that transformers leaves on a module after a forward with ``output_hidden_states``."""
     home = "transformers.utils.output_capturing"
-    return [
-        hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) == home
-    ]
+    return [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) == home]
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

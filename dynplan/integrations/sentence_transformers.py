@@ -16,8 +16,8 @@ _IGNORE_PADDING = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm", "Log
 
 
 def encoder_inside(model: nn.Module) -> tuple[nn.Module, str] | None:
-    """The Hugging Face model in a ``SentenceTransformer`` or ``CrossEncoder``, and what is read of it: "first"
-    position, or "all", padding too; None: another model.
+    """The Hugging Face model in a ``SentenceTransformer`` or ``CrossEncoder``, and what is read of it:
+    "first" position, or "all", padding too; None: another model.
     """
     if not any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__):
         return None
@@ -26,7 +26,8 @@ def encoder_inside(model: nn.Module) -> tuple[nn.Module, str] | None:
         return None
     _, *after = model.children()
     known = all(
-        type(module).__name__ in _IGNORE_PADDING and type(module).__module__.startswith("sentence_transformers.")
+        type(module).__name__ in _IGNORE_PADDING
+        and type(module).__module__.startswith("sentence_transformers.")
         for module in after
     )
     return inner, "first" if known else "all"
@@ -52,5 +53,7 @@ def load(folder: str | os.PathLike, **options: Any) -> nn.Module:
     name = json.loads(description.read_text(encoding="utf-8")).get("model_type", "SentenceTransformer")
     kind = getattr(sentence_transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"from_pretrained: expected a class of sentence_transformers in {description}, got {name}")
+        raise ValueError(
+            f"from_pretrained: expected a class of sentence_transformers in {description}, got {name}"
+        )
     return kind(str(folder), **options).eval()

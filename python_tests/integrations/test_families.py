@@ -2,11 +2,23 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ATOL, assert_close_to_exact
-from integrations.families import BY_NAME, PATHS, TINY, alone, build, heads_of, with_layers
+from integrations.families import (
+    BY_NAME,
+    PATHS,
+    TINY,
+    alone,
+    build,
+    has_forward,
+    has_kernels,
+    heads_of,
+    table,
+    with_layers,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -28,7 +40,7 @@ def real(value, inputs):
 
 
 class Products(TorchDispatchMode):
-    """Counts the work of matrix products, as ``FlopCounterMode`` does but without its hooks on all modules."""
+    """Counts the work of products, as ``FlopCounterMode`` does but without its hooks on all modules."""
 
     flops = 0
 
@@ -45,6 +57,8 @@ def last(model, inputs):
 
 def test_the_table_is_whole():
     assert list(BY_NAME) == list(TINY)
+    docs = Path(__file__).parents[2] / "docs" / "families.md"
+    assert table() in docs.read_text(encoding="utf-8"), "run python python_tests/integrations/families.py"
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -83,6 +97,54 @@ def test_a_path_equals_each_sample_alone(name):
     assert_close_to_exact(real(ours, inputs).reshape(theirs.shape), theirs, exact)
     assert torch.equal(model.dynplan.last_plan, PATHS)
     assert not torch.allclose(real(ours, inputs), real(every, inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("name", filter(has_kernels, BY_NAME))
+@torch.no_grad()
+def test_kernels(name):
+    model, inputs = build(name), TINY[name].inputs()
+    exact = real(last(copy.deepcopy(model).double(), inputs), inputs)
+    for weights in (None, "bfloat16", "int8"):
+        ours = real(last(dynplan.swap(copy.deepcopy(model), weights=weights), inputs), inputs)
+        assert (ours - exact).norm() < {None: 1e-4, "bfloat16": 0.05, "int8": 0.25}[weights] * exact.norm()
+    model = model.bfloat16()
+    exact, theirs = last(copy.deepcopy(model).double(), inputs), last(model, inputs)
+    ours = last(dynplan.swap(model), inputs)
+    assert model.dynplan.why_not_fused is None
+    assert_close_to_exact(*(real(value, inputs) for value in (ours, theirs, exact)))
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if not has_kernels(name)])
+def test_own_modules(name):
+    model = build(name)
+    with pytest.raises(ValueError, match="expected weights=None for .* whose layers the kernels do not know"):
+        dynplan.swap(model, weights="int8")
+    with pytest.warns(UserWarning, match="are none that the kernels know"), torch.no_grad():
+        last(dynplan.swap(model), TINY[name].inputs())
+    assert "are none that the kernels know" in model.dynplan.why_not_fused
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_compile(name):
+    torch._dynamo.reset()
+    model, inputs = dynplan.swap(build(name), FixedPath(PATHS)), TINY[name].inputs()
+    ours = last(model, inputs)
+    compiled = torch.compile(model, fullgraph=has_forward(name), backend="eager")
+    assert torch.equal(last(compiled, inputs), ours)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@torch.no_grad()
+def test_export(name):
+    model, inputs = dynplan.swap(build(name), FixedPath(PATHS)), TINY[name].inputs()
+    if not has_forward(name):
+        with pytest.raises(NotImplementedError, match="a program cannot hold the planned layers"):
+            torch.export.export(model, (), inputs, strict=False)
+        return
+    ours = real(last(model, inputs), inputs)
+    program = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(real(last(program, inputs), inputs), ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

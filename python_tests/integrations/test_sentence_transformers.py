@@ -8,6 +8,7 @@ import pytest
 import torch
 from integrations.families import build
 from torch import nn
+from transformers import FNetConfig, FNetModel, MPNetModel
 
 import dynplan
 from dynplan.policies import FixedPath, RandomPath
@@ -33,9 +34,8 @@ def pooled(mode):
     from sentence_transformers import SentenceTransformer, models
 
     encoder = models.Transformer(str(MINILM))
-    return SentenceTransformer(
-        modules=[encoder, models.Pooling(encoder.get_word_embedding_dimension(), pooling_mode=mode)], device="cpu"
-    )
+    pooling = models.Pooling(encoder.get_word_embedding_dimension(), pooling_mode=mode)
+    return SentenceTransformer(modules=[encoder, pooling], device="cpu")
 
 
 def test_encode(minilm):
@@ -98,9 +98,7 @@ def test_twice_is_refused(minilm):
 
 
 def test_an_encoder_that_is_not_known(minilm):
-    from transformers import FNetConfig, FNetModel
-
-    minilm[0].model = FNetModel(FNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, intermediate_size=8))
+    minilm[0].model = FNetModel(FNetConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1))
     with pytest.raises(TypeError, match="got FNetModel"):
         dynplan.swap(minilm)
     assert not hasattr(minilm, "dynplan")
@@ -134,8 +132,9 @@ def test_cross_encoder(tmp_path):
 
 
 def test_another_family_inside(minilm):
-    config = dict(vocab_size=minilm[0].model.config.vocab_size, max_position_embeddings=512)
-    minilm[0].model = build("MPNet").__class__(build("MPNet").config.__class__(**(build("MPNet").config.to_dict() | config))).eval()
+    config = build("MPNet").config
+    config.vocab_size, config.max_position_embeddings = minilm[0].model.config.vocab_size, 512
+    minilm[0].model = MPNetModel(config).eval()
     theirs = minilm.encode(SENTENCES, convert_to_tensor=True)
     ours = dynplan.swap(minilm).encode(SENTENCES, convert_to_tensor=True)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

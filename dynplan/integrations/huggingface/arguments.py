@@ -15,7 +15,9 @@ _HARMLESS = frozenset(("use_cache", "num_items_in_batch", "special_tokens_mask")
 _OTHERS = ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
 
 
-def check_positional(args: tuple[Any, ...], names: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+def check_positional(
+    args: tuple[Any, ...], names: tuple[str, ...], options: dict[str, Any]
+) -> dict[str, Any]:
     """Positional arguments by their names.
 
     Raises:
@@ -25,7 +27,7 @@ def check_positional(args: tuple[Any, ...], names: tuple[str, ...], options: dic
     twice = given.keys() & options.keys()
     if len(args) > len(names) or twice:
         raise TypeError(
-            f"dynplan: expected each of {', '.join(names)} at most once, got {len(args)} arguments by position"
+            f"dynplan: expected each of {', '.join(names)} at most once, got {len(args)} by position"
             + "".join(f" and {name} by name" for name in sorted(twice))
         )
     return given

@@ -104,7 +104,9 @@ class EncoderState:
         functions = [(vars(family.code), name) for name in called]
         self._modules = ModuleSnapshot(parts, [*settings, *registered, *functions])
         tensors = [parameter for layer in self.layers for parameter in layer.parameters()]
-        self._tensors = None if traced else Watched([*tensors, *(() if embeddings is None else embeddings.buffers())])
+        self._tensors = (
+            None if traced else Watched([*tensors, *(() if embeddings is None else embeddings.buffers())])
+        )
         self._weights = weights
         self._packed: list[Tensor] | None = None
         self._why_not_by_sample: tuple[str | None] | None = None
@@ -219,7 +221,9 @@ class EncoderState:
         if token_types is not None and token_types.any():
             raise Differs("token types of a forward without any are not zeros")
         # Adding a row of zeros is adding nothing.
-        weights = [norm.weight.new_zeros(1, len(norm.weight)) if one is None else one.weight for one in tables]
+        weights = [
+            norm.weight.new_zeros(1, len(norm.weight)) if one is None else one.weight for one in tables
+        ]
         tensors = [*weights, norm.weight, norm.bias]
         if not all(map(is_plain, tensors)):
             raise Differs("an embedding table is a tensor of another kind")

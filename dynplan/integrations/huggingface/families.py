@@ -128,7 +128,14 @@ def _post_norm_of_distilbert(layer: nn.Module, rows: Tensor, attend: Callable[..
 DISTILBERT_LAYER = LayerParts(
     classes={"": "TransformerBlock", "attention": "SelfAttention", "ffn": "FFN"},
     attention="attention",
-    linears=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
+    linears=(
+        "attention.q_lin",
+        "attention.k_lin",
+        "attention.v_lin",
+        "attention.out_lin",
+        "ffn.lin1",
+        "ffn.lin2",
+    ),
     norms=("sa_layer_norm", "output_layer_norm"),
     activation="ffn.activation",
     dropouts=("ffn.dropout",),
@@ -192,7 +199,14 @@ class Family:
 
 # Arguments of layers that hold a row for each sample.
 PER_SAMPLE = frozenset(
-    ("attention_mask", "src_key_padding_mask", "position_bias", "position_embeddings", "position_ids", "lang_ids")
+    (
+        "attention_mask",
+        "src_key_padding_mask",
+        "position_bias",
+        "position_embeddings",
+        "position_ids",
+        "lang_ids",
+    )
 )
 # What a head reads of a swapped encoder, by the end of its class's name: the first position, or each token by
 # itself. All others may read padding.
@@ -250,7 +264,9 @@ FAMILIES = (
     _bert("Splinter", "splinter.modeling_splinter", embedding_parts=None),
     Family("Xmod", "xmod.modeling_xmod", refused=_BERT_REFUSED),
     Family("XLMRobertaXL", "xlm_roberta_xl.modeling_xlm_roberta_xl", refused=_BERT_REFUSED),
-    Family("RobertaPreLayerNorm", "roberta_prelayernorm.modeling_roberta_prelayernorm", refused=_BERT_REFUSED),
+    Family(
+        "RobertaPreLayerNorm", "roberta_prelayernorm.modeling_roberta_prelayernorm", refused=_BERT_REFUSED
+    ),
     Family("DebertaV2", "deberta_v2.modeling_deberta_v2", outputs=2, refused=_CONVOLUTION),
     Family("Deberta", "deberta.modeling_deberta", outputs=2),
     Family("ModernBert", "modernbert.modeling_modernbert", layers="layers"),
@@ -281,8 +297,8 @@ def find_class(name: str) -> type | None:
 
 
 def find_family(model: nn.Module) -> tuple[Family, nn.Module, str] | None:
-    """The family of a model, its bare encoder and the suffix of its class; None: no class among its bases is a
-    family's, or none with one bare encoder in it."""
+    """The family of a model, its bare encoder and the suffix of its class; None: no class among its bases is
+    a family's, or none with one bare encoder in it."""
     for kind in type(model).__mro__:
         for family in FAMILIES:
             if kind.__module__ == f"transformers.models.{family.module}" and kind.__name__.startswith(
@@ -293,6 +309,10 @@ def find_family(model: nn.Module) -> tuple[Family, nn.Module, str] | None:
                     return family, model, suffix
                 bare = family.named(family.bare)
                 inside = [child for child in model.children() if bare and isinstance(child, bare)]
-                if isinstance(model, PreTrainedModel) and ("For" in suffix or "With" in suffix) and len(inside) == 1:
+                if (
+                    isinstance(model, PreTrainedModel)
+                    and ("For" in suffix or "With" in suffix)
+                    and len(inside) == 1
+                ):
                     return family, inside[0], suffix
     return None

@@ -260,8 +260,8 @@ class SwappedForward:
             raise NotImplementedError(f"dynplan: {state.why_refused}; call dynplan.unswap(model)")
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise NotImplementedError(
-                f"dynplan: a program cannot hold the planned layers of {type(model).__name__}; "
-                "dynplan.export_onnx(model, path, keep, inputs) exports the original with the layers of one path"
+                f"dynplan: a program cannot hold the planned layers of {type(model).__name__}; call "
+                "dynplan.unswap(model) to record the original"
             )
         gates = controller.take_gates()
         mask, collect = given.get("attention_mask"), given.get("output_hidden_states")

@@ -52,6 +52,11 @@ def export_onnx(
             f"export_onnx: {' and '.join(missing)} not installed; run: pip install dynplan[onnx]"
         )
     bare, family, _ = find_encoder("export_onnx", model)
+    if family.shared:
+        raise NotImplementedError(
+            f"export_onnx: expected a model with a module for each layer, got {type(bare).__name__}, whose "
+            "layers share theirs"
+        )
     layers = family.layers_of(bare)
     kept = _kept(model, bare, len(layers), keep)
     if inputs is None:

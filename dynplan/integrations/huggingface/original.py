@@ -58,8 +58,8 @@ def run_original(
     output = type(model).forward(twin, *args, **options)
     if loop.calls != len(state.layers):
         raise NotImplementedError(
-            f"dynplan: expected {type(model).__name__} to call each of its {len(state.layers)} layers once, got "
-            f"{loop.calls} calls; its loop has been replaced, or drops layers (layerdrop)"
+            f"dynplan: expected {type(model).__name__} to call each of its {len(state.layers)} layers once, "
+            f"got {loop.calls} calls; its loop has been replaced, or drops layers (layerdrop)"
         )
     return output
 
@@ -102,7 +102,8 @@ class _Loop:
         index, layers = self.calls, self.state.layers
         if index >= len(layers) or layers[index] is not layer:
             raise NotImplementedError(
-                "dynplan: expected the layers to be called in their order, each once; their loop has been replaced"
+                "dynplan: expected the layers to be called in their order, each once; their loop has been "
+                "replaced"
             )
         self.calls += 1
         if args:
@@ -118,10 +119,10 @@ class _Loop:
             return self._give(layer, before, known[index] if whole else known[0] if index == 0 else before)
         return self._run(layer, index, before, args, options)
 
-    def _run(
-        self, layer: nn.Module, index: int, before: Tensor, args: tuple, options: dict[str, Any]
-    ) -> Any:
-        keep, gate = self.decide(index, lambda: pack_padded(before, self.decide.request.attention_mask).hidden)
+    def _run(self, layer: nn.Module, index: int, before: Tensor, args: tuple, options: dict[str, Any]) -> Any:
+        keep, gate = self.decide(
+            index, lambda: pack_padded(before, self.decide.request.attention_mask).hidden
+        )
         computed = taken(keep, gate)
         if gate is None and bool(computed.all()):
             return layer(before, *args, **options)
@@ -157,7 +158,9 @@ def _install_capture(owners: list[nn.Module]) -> None:
     if importlib.util.find_spec("transformers.utils.output_capturing") is not None:
         capturing = importlib.import_module("transformers.utils.output_capturing")
         # The innermost model is the one that collects.
-        capturing.maybe_install_capturing_hooks([one for one in owners if isinstance(one, PreTrainedModel)][-1])
+        capturing.maybe_install_capturing_hooks(
+            [one for one in owners if isinstance(one, PreTrainedModel)][-1]
+        )
 
 
 @contextmanager

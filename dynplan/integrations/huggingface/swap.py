@@ -17,7 +17,14 @@ from torch import nn
 from transformers import GenerationMixin
 
 from dynplan.integrations.huggingface.controller import Controller
-from dynplan.integrations.huggingface.families import FAMILIES, READS, Family, LayerParts, find_class, find_family
+from dynplan.integrations.huggingface.families import (
+    FAMILIES,
+    READS,
+    Family,
+    LayerParts,
+    find_class,
+    find_family,
+)
 from dynplan.integrations.huggingface.forward import SwappedForward
 from dynplan.integrations.sentence_transformers import encoder_inside, is_folder_of, load
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
@@ -30,8 +37,8 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
 
     Args:
         model: an encoder of a family that dynplan knows, bare or with any head that generates no text; or a
-            ``SentenceTransformer`` or ``CrossEncoder`` round one, in which the encoder is swapped. For another
-            model with such an encoder inside, swap the bare encoder.
+            ``SentenceTransformer`` or ``CrossEncoder`` round one, in which the encoder is swapped. For
+            another model with such an encoder inside, swap the bare encoder.
         policy: decides the plans; :class:`~dynplan.policies.KeepAll` by default.
         weights: "int8" or "bfloat16": the encoder's products run on copies of its weights in that type, see
             :func:`~dynplan.ops.pack_reduced_encoder_weights`. CPU and inference only: other forwards are
@@ -212,11 +219,12 @@ def find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]
         if inside:
             name, part = inside[0]
             remedy = (
-                f"; it holds a {type(part).__name__}: dynplan.{caller}(model.get_submodule({name!r})) if what "
-                "reads it ignores padding"
+                f"; it holds a {type(part).__name__}: dynplan.{caller}(model.get_submodule({name!r})) if "
+                "what reads it ignores padding"
             )
         raise TypeError(
-            f"{caller}: expected one of {known}, or one of these with a head, got {type(model).__name__}{remedy}"
+            f"{caller}: expected one of {known}, or one of these with a head, got "
+            f"{type(model).__name__}{remedy}"
         )
     family, bare, suffix = found
     return bare, family, suffix
@@ -227,8 +235,8 @@ def _check_weights(bare: nn.Module, parts: LayerParts | None, weights: str) -> N
         raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
     if parts is None:
         raise ValueError(
-            f"swap: expected weights=None for {type(bare).__name__}, whose layers the kernels do not know, got "
-            f"{weights!r}"
+            f"swap: expected weights=None for {type(bare).__name__}, whose layers the kernels do not know, "
+            f"got {weights!r}"
         )
     parameter = next(bare.parameters())
     if parameter.device.type != "cpu" or parameter.dtype == torch.float64:
