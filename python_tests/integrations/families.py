@@ -183,7 +183,7 @@ def name_of(family: Family) -> str:
 
 def has_kernels(name: str) -> bool:
     """Whether the kernels know a family's layers."""
-    return BY_NAME[name].parts is not None
+    return BY_NAME[name].has_kernels
 
 
 def has_forward(name: str) -> bool:

@@ -12,7 +12,8 @@ from dynplan.integrations.huggingface.families import EmbeddingParts
 # Arguments that change nothing in an encoder's forward: a decoder's, and those of losses and tokenizers.
 _HARMLESS = frozenset(("use_cache", "num_items_in_batch", "special_tokens_mask"))
 # Those of decoders.
-_OTHERS = ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values")
+_OTHERS = ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values", "is_causal")
+_FORMS = frozenset(("output_attentions", "output_hidden_states", "return_dict"))
 
 
 def check_positional(
@@ -60,10 +61,20 @@ def refuse_outputs(options: dict[str, Any], config: object) -> None:
     given = options.get("output_attentions")
     _refuse_attentions(getattr(config, "output_attentions", False) if given is None else given)
     for name in _OTHERS:
-        if options.get(name) is not None:
+        if options.get(name) is not None and options[name] is not False:
             raise NotImplementedError(
                 f"dynplan: expected no argument {name}, got one; call dynplan.unswap(model) to use it"
             )
+
+
+def odd_options(options: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """What is given beyond a forward's own arguments, which may be for its layers; None: nothing."""
+    odd = [
+        name
+        for name, value in options.items()
+        if name not in names and name not in _HARMLESS and name not in _FORMS and value is not None
+    ]
+    return f"{', '.join(odd)} may be for the layers" if odd else None
 
 
 def _refuse_attentions(wanted: Any) -> None:

@@ -28,9 +28,17 @@ from dynplan.snapshot import own_forward
 
 
 def run_packed(
-    state: EncoderState, family: Family, hidden: Tensor, decide: Decisions, collect: bool
+    state: EncoderState,
+    family: Family,
+    hidden: Tensor,
+    decide: Decisions,
+    collect: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """Run all layers on packed rows ``(T, H)``; their states, and those between layers if asked for."""
+    """Run all layers on packed rows ``(T, H)``; their states, and those between layers if asked for.
+
+    ``bias`` ``(1, heads, S, S)`` is added to the scores of attention.
+    """
     offsets, capacity = decide.request.cu_seqlens, hidden.shape[0]
     ahead = decide.taken()
     # Shapes depend on the sizes, which the host reads back: once where it can, else once a layer.
@@ -40,7 +48,7 @@ def run_packed(
         keep, gate = decide(index, lambda: hidden)  # noqa: B023  called at once
         step = steps[index] if steps else _Step.of(build_dispatch(taken(keep, gate), offsets, capacity))
         share = None if gate is None else gate.index_select(0, _samples_of(step.rows, offsets))
-        hidden = _bypass(layer, family, hidden, step, share)
+        hidden = _bypass(layer, family, hidden, step, share, bias)
         if collect:
             states.append(hidden)
     return hidden, states
@@ -78,7 +86,14 @@ def _samples_of(rows: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets[1:], rows, right=True)
 
 
-def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None) -> Tensor:
+def _bypass(
+    layer: nn.Module,
+    family: Family,
+    hidden: Tensor,
+    step: _Step,
+    share: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     """``layer`` on the active rows, mixed by ``share`` ``(N,)``; all other rows as they came."""
     if not step.sizes.rows:
         return hidden
@@ -88,7 +103,7 @@ def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share
 
     def attend(*parts: Tensor) -> Tensor:
         heads = parts[0].shape[1] // attention.attention_head_size
-        return attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout)
+        return attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout, bias)
 
     run = partial(family.parts.forward, layer, attend=attend)
     if layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False):

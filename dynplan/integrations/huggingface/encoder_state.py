@@ -24,6 +24,7 @@ from dynplan.snapshot import (
 
 GRADIENTS = "gradients are recorded; wrap inference in torch.no_grad()"
 READS_PADDING = "the head reads padding, of which this batch has some"
+_UNKNOWN = "the layers of {} are none that the kernels know"
 # Where the ops run.
 DEVICES = ("cpu", "cuda")
 # Attention that is softmax(QK^T)V whatever its name says of how. A user's own is left to the layers.
@@ -159,7 +160,7 @@ class EncoderState:
 
     def _check_packed(self, family: Family) -> None:
         if family.parts is None:
-            raise Differs(f"the layers of {family.prefix}{family.bare} are none that the kernels know")
+            raise Differs(_UNKNOWN.format(family.prefix + family.bare))
         self._check_calls()
         _expect(self.stack, family.named(family.stack[1]), family.stack[0])
         if self.pooler is not None:  # another one may read padding
@@ -174,6 +175,8 @@ class EncoderState:
                 raise Differs(f"layer {index}: {reason}") from None
 
     def _read_layers(self, family: Family) -> None:
+        if family.parts.bias is not None:
+            raise Differs(f"{_UNKNOWN.format(family.prefix + family.bare)}: attention has a position bias")
         readings = [_read_layer(layer, family) for layer in self.layers]
         self._layer_tensors = [reading.tensors for reading in readings]
         if not readings:
@@ -278,11 +281,13 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
     for path, suffix in parts.classes.items():
         _expect(_find(layer, path), family.named(suffix), path or "the layer")
     attention = _find(layer, parts.attention)
-    if attention.scaling != attention.attention_head_size**-0.5:
-        raise Differs(f"attention is scaled by {attention.scaling}")
-    # Without the attribute, attention that is handed on to PyTorch may be taken for a decoder's.
-    if getattr(attention, "is_causal", attention.config._attn_implementation != "eager") is not False:
-        raise Differs("attention is causal")
+    if parts.functions:  # else the attention is written in its module
+        if attention.scaling != attention.attention_head_size**-0.5:
+            raise Differs(f"attention is scaled by {attention.scaling}")
+        # Without the attribute, attention that is handed on to PyTorch may be taken for a decoder's.
+        causal = getattr(attention, "is_causal", attention.config._attn_implementation != "eager")
+        if causal is not False:
+            raise Differs("attention is causal")
     for path in parts.linears:
         module = _find(layer, path)
         if not type(module).__module__.startswith(_ADAPTERS):

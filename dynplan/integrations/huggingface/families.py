@@ -53,6 +53,8 @@ class LayerParts:
         functions: of the family's code, that its layers call.
         forward: ``(layer, rows, attend)``: the layer by its own modules on rows ``(N, H)``, where
             ``attend(query, key, value)`` is attention inside each sequence.
+        bias: ``(stack, hidden)`` -> ``(1, heads, S, S)``: what is added to all layers' scores, by how far
+            apart the positions of ``hidden`` ``(B, S, H)`` are; None: nothing, which is what kernels know.
     """
 
     classes: Mapping[str, str]
@@ -63,6 +65,7 @@ class LayerParts:
     dropouts: tuple[str, ...]
     functions: tuple[str, ...]
     forward: Callable[[nn.Module, Tensor, Callable[..., Tensor]], Tensor]
+    bias: Callable[[nn.Module, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,39 @@ DISTILBERT_LAYER = LayerParts(
 )
 
 
+def _post_norm_of_mpnet(layer: nn.Module, rows: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    outer, inner = layer.attention, layer.attention.attn
+    context = inner.o(attend(inner.q(rows), inner.k(rows), inner.v(rows)))
+    attended = outer.LayerNorm(outer.dropout(context) + rows)
+    return layer.output(layer.intermediate(attended), attended)
+
+
+MPNET_LAYER = LayerParts(
+    classes={
+        "": "Layer",
+        "attention": "Attention",
+        "attention.attn": "SelfAttention",
+        "intermediate": "Intermediate",
+        "output": "Output",
+    },
+    attention="attention.attn",
+    linears=(
+        "attention.attn.q",
+        "attention.attn.k",
+        "attention.attn.v",
+        "attention.attn.o",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    norms=("attention.LayerNorm", "output.LayerNorm"),
+    activation="intermediate.intermediate_act_fn",
+    dropouts=("attention.dropout", "output.dropout"),
+    functions=(),
+    forward=_post_norm_of_mpnet,
+    bias=lambda stack, hidden: stack.compute_position_bias(hidden[:1]),
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """One architecture.
@@ -177,6 +213,11 @@ class Family:
     shared: bool = False
     outputs: int = 0
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the kernels know its layers."""
+        return self.parts is not None and self.parts.bias is None
 
     @property
     def code(self) -> ModuleType:
@@ -251,7 +292,7 @@ FAMILIES = (
         output=BaseModelOutput,
         refused={},
     ),
-    Family("MPNet", "mpnet.modeling_mpnet", outputs=1),
+    Family("MPNet", "mpnet.modeling_mpnet", parts=MPNET_LAYER, outputs=1),
     _bert(
         "BertGeneration",
         "bert_generation.modeling_bert_generation",

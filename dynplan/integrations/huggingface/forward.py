@@ -17,6 +17,7 @@ from dynplan.integrations.huggingface.arguments import (
     check_options,
     check_positional,
     explain,
+    odd_options,
     refuse_outputs,
 )
 from dynplan.integrations.huggingface.controller import Controller
@@ -267,24 +268,34 @@ class SwappedForward:
         mask, collect = given.get("attention_mask"), given.get("output_hidden_states")
         collect = getattr(model.config, "output_hidden_states", False) if collect is None else collect
         plan = reason = None
+        odd = odd_options(given, self.names)
 
         def begin(hidden: Tensor) -> Callable | list[Tensor]:
-            nonlocal plan, reason, mask
-            if mask is not None:  # of other things than the layers' positions, as of samples of sound
-                mask = check_mask(mask, *hidden.shape[:2]) if mask.shape[1:] == hidden.shape[1:2] else None
+            nonlocal plan, reason, mask, odd
+            if mask is not None and mask.shape[1:] != hidden.shape[1:2]:
+                mask, odd = None, "attention_mask is not one of positions (B, S)"
+            if mask is not None:
+                mask = check_mask(mask, *hidden.shape[:2])
             rows, indices, offsets = pack_padded(hidden, mask)
             request = PlanRequest(
                 len(hidden), len(state.layers), rows, offsets, controller.budget, given.get("input_ids"), mask
             )
-            reason = "gates are set" if gates is not None else self._why_not_fused(state, mask)
+            odd = odd or self._why_not_packed(state, mask)
+            reason = "gates are set" if gates is not None else odd or self._why_not_fused(state, mask)
             controller.tell(reason, warn=gates is None)
-            if reason is not None:
-                decide = Decisions(request, controller.policy, gates)
+            if reason is not None and torch.is_grad_enabled():
+                controller.refresh()  # an optimizer step usually follows, and some keep no record
+            decide = None if reason is None else Decisions(request, controller.policy, gates)
+            if decide is not None:
                 plan = decide.plan  # filled as it goes
-                return decide
-            if self.reads_first and mask is not None:
-                check_first(mask)
-            last, plan, states = run_fused(state, request, controller.policy, bool(collect))
+                if odd is not None:
+                    return decide
+            if decide is None:
+                last, plan, states = run_fused(state, request, controller.policy, bool(collect))
+            else:
+                bias = self.family.parts.bias
+                bias = None if bias is None else bias(state.stack, hidden)
+                last, states = run_packed(state, self.family, rows, decide, bool(collect), bias)
             return [
                 packed.view_as(hidden) if indices is None else unpack(packed, indices, *hidden.shape[:2])
                 for packed in (states[1:] if collect else [last])
@@ -292,7 +303,25 @@ class SwappedForward:
 
         output = run_original(model, state, (args, options), begin)
         controller.note(plan, reason)
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: controller.refresh())
         return output
+
+    def _why_not_packed(self, state: EncoderState, attention_mask: Tensor | None) -> str | None:
+        """Why layers cannot run on packed rows; None: they can."""
+        reason = state.why_not_packed or mode_reason()
+        if reason is not None or attention_mask is None:
+            return reason
+        if self._reads_padding(attention_mask):
+            return READS_PADDING
+        if self.reads_first and not bool((attention_mask[:, 0] != 0).all()):
+            return "padding comes first, where the head reads"
+        if self.family.parts.bias is not None:
+            # What is added is for positions so far apart, and packing must not bring them closer.
+            ends = (attention_mask[:, 1:] != attention_mask[:, :-1]).sum(1) + (attention_mask[:, 0] != 0)
+            if not bool((ends <= 2).all()):
+                return "there is padding between tokens"
+        return None
 
     def _output(self, last: Tensor, states: tuple[Tensor, ...] | None, return_dict: bool) -> Any:
         modules = self.model._modules

@@ -21,7 +21,6 @@ from dynplan.integrations.huggingface.families import (
     FAMILIES,
     READS,
     Family,
-    LayerParts,
     find_class,
     find_family,
 )
@@ -77,7 +76,7 @@ def _swap(
         if name in vars(model):
             raise ValueError(f"swap: expected {type(model).__name__} without an attribute {name}, got one")
     if weights is not None:
-        _check_weights(bare, family.parts, weights)
+        _check_weights(bare, family, weights)
     controller = Controller(bare, family, KeepAll() if policy is None else policy, weights)
     refused = controller.state().why_refused
     if refused is not None:
@@ -230,10 +229,10 @@ def find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]
     return bare, family, suffix
 
 
-def _check_weights(bare: nn.Module, parts: LayerParts | None, weights: str) -> None:
+def _check_weights(bare: nn.Module, family: Family, weights: str) -> None:
     if weights not in REDUCED_DTYPES:
         raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
-    if parts is None:
+    if not family.has_kernels:
         raise ValueError(
             f"swap: expected weights=None for {type(bare).__name__}, whose layers the kernels do not know, "
             f"got {weights!r}"
