@@ -159,6 +159,39 @@ def test_compile(name):
     assert torch.equal(last(compiled, inputs), ours)
 
 
+def test_a_family_without_a_forward_of_ours_is_not_captured():
+    with pytest.raises(NotImplementedError, match="expected a model with a forward of ours, got ViTModel"):
+        dynplan.capture(dynplan.swap(build("ViT")), batch_size=2, max_length=4)
+
+
+@torch.no_grad()
+def test_shared_layers_are_counted_anew():
+    model, inputs = dynplan.swap(build("Albert")), TINY["Albert"].inputs()
+    last(model, inputs)
+    model.config.num_hidden_layers = 2
+    ours = last(model, inputs)
+    assert model.dynplan.last_plan.shape == (5, 2)
+    assert torch.equal(ours, last(dynplan.unswap(model), inputs))
+    with pytest.raises(NotImplementedError, match="whose layers share theirs"):
+        dynplan.export_onnx(model, "never.onnx")
+
+
+@torch.no_grad()
+def test_loops_that_cannot_be_planned_are_refused():
+    model, inputs = dynplan.swap(build("Dinov2")), TINY["Dinov2"].inputs()
+    model.encoder.forward = model.encoder.forward  # bound to the encoder, past the planned layers
+    with pytest.raises(NotImplementedError, match="call each of its 4 layers once, got 0 calls"):
+        last(model, inputs)
+    del model.encoder.forward
+    model.encoder.layer[1] = model.encoder.layer[0]  # one module, called twice
+    theirs = last(dynplan.unswap(copy.deepcopy(model)), inputs)
+    assert torch.equal(last(model, inputs), theirs)
+    model = dynplan.swap(build("Wav2Vec2")).train()
+    model.config.layerdrop = 1.0
+    with pytest.raises(NotImplementedError, match="drops layers .layerdrop."):
+        last(model, TINY["Wav2Vec2"].inputs())
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 @torch.no_grad()
 def test_export(name):

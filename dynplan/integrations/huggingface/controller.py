@@ -86,7 +86,16 @@ class Controller:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a sample: what the position embeddings have room for."""
+        """Most tokens of a sample: what the position embeddings have room for.
+
+        Raises:
+            NotImplementedError: the forward is the model's own, which knows that itself.
+        """
+        if self._family.embedding_parts is None:
+            raise NotImplementedError(
+                f"dynplan: expected a model with a forward of ours, got {type(self._model).__name__}, whose own "
+                "runs with planned layers"
+            )
         return longest(getattr(self._model, self._family.embeddings), self._family.embedding_parts)
 
     @property

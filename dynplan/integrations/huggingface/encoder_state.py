@@ -94,7 +94,7 @@ class EncoderState:
         settings = [
             (vars(config), name)
             for config in configs.values()
-            for name in ("_attn_implementation_internal", *family.refused)
+            for name in ("_attn_implementation_internal", "num_hidden_layers", *family.refused)
         ]
         self._names = {config._attn_implementation for config in configs.values()}
         mappings = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
