@@ -93,8 +93,8 @@ class Controller:
         """
         if self._family.embedding_parts is None:
             raise NotImplementedError(
-                f"dynplan: expected a model with a forward of ours, got {type(self._model).__name__}, whose own "
-                "runs with planned layers"
+                f"dynplan: expected a model with a forward of ours, got {type(self._model).__name__}, whose "
+                "own runs with planned layers"
             )
         return longest(getattr(self._model, self._family.embeddings), self._family.embedding_parts)
 
