@@ -123,14 +123,14 @@ def test_advice_works():
 
 @torch.no_grad()
 def test_a_head_that_reads_padding():
-    model = dynplan.swap(tiny(task="ForQuestionAnswering"))
+    model = dynplan.swap(tiny(task="ForQuestionAnswering", num_labels=2))
     (told,) = ask(model)
     assert "the head reads padding" in told and "the head reads padding" in model.dynplan.why_not_fused
     inputs = batch((9, 9))
     for given in (inputs, dict(input_ids=inputs["input_ids"])):
         model(**given)
         assert model.dynplan.why_not_fused is None
-    reduced = dynplan.swap(tiny(task="ForQuestionAnswering"), weights="int8")
+    reduced = dynplan.swap(tiny(task="ForQuestionAnswering", num_labels=2), weights="int8")
     reduced(**inputs)
     with pytest.raises(RuntimeError, match="expected a forward for the kernels, .* reads padding"):
         reduced(**batch())
