@@ -316,3 +316,14 @@ def test_answers_are_never_padding(name):
             ours = swapped(**inputs, **where)
         torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-4, atol=1e-4)
         assert torch.equal(ours.start_logits.argmax(1), theirs.start_logits.argmax(1))
+
+
+@torch.no_grad()
+def test_an_exported_head_that_reads_padding():
+    model, inputs = build("Bert", "BertForQuestionAnswering"), TINY["Bert"].inputs()
+    theirs = model(**inputs)
+    program = torch.export.export(dynplan.swap(model), (), inputs, strict=False).module()
+    for key in ("start_logits", "end_logits"):
+        torch.testing.assert_close(program(**inputs)[key], theirs[key], rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="int8.* cannot be exported: the head reads padding"):
+        torch.export.export(dynplan.swap(dynplan.unswap(model), weights="int8"), (), inputs, strict=False)
