@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -147,10 +147,16 @@ def mode_reason() -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook hangs on the calls of ``module``, those aside that transformers leaves there after a
-    forward with ``output_hidden_states``: they sleep until its own forward wakes them."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+    """Whether a hook hangs on the calls of ``module``, :func:`capturing_hooks` aside: they sleep until the
+    model's own forward wakes them."""
+    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return hooks > len(capturing_hooks(module))
+
+
+def capturing_hooks(module: nn.Module) -> list[Callable]:
+    """Those that transformers leaves on a module after a forward with ``output_hidden_states``."""
+    home = "transformers.utils.output_capturing"
+    return [hook for hook in module._forward_hooks.values() if getattr(hook, "__module__", None) == home]
 
 
 def has_backward_hooks(module: nn.Module) -> bool:

@@ -267,9 +267,17 @@ def _compose_layer(
 
 
 def attend_packed(
-    qkv: Tensor, cu_seqlens: Tensor, sizes: ActiveSizes, num_heads: int, dropout: float
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    sizes: ActiveSizes,
+    num_heads: int,
+    dropout: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of the packed rows (N, 3H), padded to the longest active sequence for one SDPA call."""
+    """Attention of the packed rows (N, 3H), padded to the longest active sequence for one SDPA call.
+
+    ``bias`` (1, heads, S, S), S at least that longest, is added to the scores of rows i and j of a sequence.
+    """
     sequences, rows, longest = sizes
     lengths = cu_seqlens[: sequences + 1].diff()
     # Sequence s begins at row cu_seqlens[s], and at s * longest among the padded ones.
@@ -279,7 +287,10 @@ def attend_packed(
     mask = torch.arange(longest, device=qkv.device) < lengths.clamp_min(1).unsqueeze(1)
     padded = qkv.new_zeros(sequences * longest, qkv.shape[1]).index_copy(0, slots, qkv)
     q, k, v = padded.view(sequences, longest, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)
+    mask = mask[:, None, None, :]
+    if bias is not None:
+        mask = bias[..., :longest, :longest].to(q.dtype).masked_fill(~mask, -torch.inf)
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return context.transpose(1, 2).reshape(sequences * longest, -1).index_select(0, slots)
 
 

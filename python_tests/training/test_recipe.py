@@ -311,7 +311,10 @@ def test_settings_are_checked(tmp_path, tiny_model, rows):
     for settings, words in (
         ({"budgets": (1.5,)}, "budgets within 0..1, got 1.5"),
         ({"planner": "oracle"}, "planner to be one of exits, upfront, stepwise, none, got 'oracle'"),
-        ({"planner_objective": "luck"}, "objective to be one of gates, reward, values, got 'luck'"),
+        (
+            {"planner": "upfront", "planner_objective": "luck"},
+            "objective to be one of gates, reward, values, got 'luck'",
+        ),
         ({"planner": "stepwise", "planner_objective": "reward"}, "objective gates for a stepwise planner"),
         ({"shares": (0.9, 0.4)}, "shares to be rising within 0..1"),
         ({"holdout": 1.0}, "holdout within 0..1, got 1.0"),

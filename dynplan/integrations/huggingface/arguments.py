@@ -11,35 +11,77 @@ from dynplan.integrations.huggingface.families import EmbeddingParts
 
 # Arguments that change nothing in an encoder's forward: a decoder's, and those of losses and tokenizers.
 _HARMLESS = frozenset(("use_cache", "num_items_in_batch", "special_tokens_mask"))
-_POSITIONAL = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+# Those of decoders.
+_OTHERS = ("encoder_hidden_states", "encoder_attention_mask", "cache", "past_key_values", "is_causal")
+_FORMS = frozenset(("output_attentions", "output_hidden_states", "return_dict"))
 
 
-def check_options(
-    rest: tuple[Any, ...], options: dict[str, Any], output_attentions: Any, output_hidden_states: Any
-) -> None:
+def check_positional(
+    args: tuple[Any, ...], names: tuple[str, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Positional arguments by their names.
+
+    Raises:
+        TypeError: more of them than names, or one that is given by name too.
+    """
+    given = dict(zip(names, args, strict=False))
+    twice = given.keys() & options.keys()
+    if len(args) > len(names) or twice:
+        raise TypeError(
+            f"dynplan: expected each of {', '.join(names)} at most once, got {len(args)} by position"
+            + "".join(f" and {name} by name" for name in sorted(twice))
+        )
+    return given
+
+
+def check_options(options: dict[str, Any], output_attentions: Any, output_hidden_states: Any) -> None:
     """Refuse what would have to come out wrong.
 
     Raises:
-        TypeError: more positional arguments than :data:`_POSITIONAL`.
-        NotImplementedError: any other argument, with the reason.
+        NotImplementedError: any argument that the forward does not know, with the reason.
     """
-    if any(value is not None for value in rest):
-        raise TypeError(
-            f"dynplan: expected arguments after {_POSITIONAL} by keyword, got {len(rest)} by position"
-        )
     for name, value in options.items():
         if name not in _HARMLESS and value is not None and value is not False:
             raise NotImplementedError(
                 f"dynplan: expected no argument {name}, got one; call dynplan.unswap(model) to use it"
             )
-    if output_attentions:
-        raise NotImplementedError(
-            "dynplan: expected output_attentions=False, got True; attention is computed in tiles "
-            "that are never written down, and a bypassed sample has none"
-        )
+    _refuse_attentions(output_attentions)
     if not isinstance(output_hidden_states, bool):
         raise NotImplementedError(
             f"dynplan: expected output_hidden_states to be a bool, got {output_hidden_states!r}"
+        )
+
+
+def refuse_outputs(options: dict[str, Any], config: object) -> None:
+    """Refuse what a model's own forward could not give with its layers planned.
+
+    Raises:
+        NotImplementedError: attention weights, or another model's states to attend to.
+    """
+    given = options.get("output_attentions")
+    _refuse_attentions(getattr(config, "output_attentions", False) if given is None else given)
+    for name in _OTHERS:
+        if options.get(name) is not None and options[name] is not False:
+            raise NotImplementedError(
+                f"dynplan: expected no argument {name}, got one; call dynplan.unswap(model) to use it"
+            )
+
+
+def odd_options(options: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """What is given beyond a forward's own arguments, which may be for its layers; None: nothing."""
+    odd = [
+        name
+        for name, value in options.items()
+        if name not in names and name not in _HARMLESS and name not in _FORMS and value is not None
+    ]
+    return f"{', '.join(odd)} may be for the layers" if odd else None
+
+
+def _refuse_attentions(wanted: Any) -> None:
+    if wanted:
+        raise NotImplementedError(
+            "dynplan: expected output_attentions=False, got True; attention is computed in tiles "
+            "that are never written down, and a bypassed sample has none"
         )
 
 
@@ -75,11 +117,13 @@ def explain(
     input_ids, _, token_type_ids, position_ids, inputs_embeds = inputs
     given = input_ids if input_ids is not None else inputs_embeds
     names = (parts.word, parts.token_type, parts.position)
-    tables = [getattr(embeddings, name, None) for name in names]
+    tables = [getattr(embeddings, name, None) for name in names if name is not None]
     if not all(isinstance(table, nn.Embedding) for table in tables):
         return  # somebody else's, with errors of its own
-    arguments = ("input_ids", "token_type_ids", "position_ids")
-    for name, ids, table in zip(arguments, (input_ids, token_type_ids, position_ids), tables, strict=True):
+    arguments = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+    known = [argument for argument, name in zip(arguments, names, strict=True) if name is not None]
+    for name, table in zip(known, tables, strict=True):
+        ids = arguments[name]
         if ids is None:
             continue
         if ids.device != table.weight.device:

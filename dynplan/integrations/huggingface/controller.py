@@ -119,9 +119,14 @@ class Controller:
         states = states.unsqueeze(1).to(self._model.dtype)
         self._local.given = states
         try:
-            return type(whole).forward(whole, inputs_embeds=states, return_dict=True).logits
+            output = type(whole).forward(whole, inputs_embeds=states, return_dict=True)
         finally:
             self._local.given = None
+        if "logits" not in output:
+            raise NotImplementedError(
+                f"dynplan: expected a head with one answer a sample, got {type(whole).__name__}"
+            )
+        return output.logits
 
     @property
     def given(self) -> Tensor | None:
@@ -144,7 +149,16 @@ class Controller:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a sample: what the position embeddings have room for."""
+        """Most tokens of a sample: what the position embeddings have room for.
+
+        Raises:
+            NotImplementedError: the forward is the model's own, which knows that itself.
+        """
+        if self._family.embedding_parts is None:
+            raise NotImplementedError(
+                f"dynplan: expected a model with a forward of ours, got {type(self._model).__name__}, whose "
+                "own runs with planned layers"
+            )
         return longest(getattr(self._model, self._family.embeddings), self._family.embedding_parts)
 
     @property

@@ -2,15 +2,16 @@
 
 Packed where only linear modules differ from the original's (adapters), or where gradients or dropout are
 wanted: each layer runs on the rows of those who take it. Padded where anything else does: each layer is
-called as the original calls it, on all samples, and those who bypass it keep what they had.
+called as the original calls it, on the samples that take it, or on all where something on it might mind.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from dynplan.integrations.huggingface.encoder_state import EncoderState
-from dynplan.integrations.huggingface.families import Family
+from dynplan.integrations.huggingface.families import PER_SAMPLE, Family
 from dynplan.ops.build_dispatch import Dispatch, build_dispatch
 from dynplan.ops.conditional_encoder_layer import ActiveSizes, active_sizes, attend_packed
 from dynplan.ops.planned_encoder import pack_padded
@@ -27,9 +28,17 @@ from dynplan.snapshot import own_forward
 
 
 def run_packed(
-    state: EncoderState, family: Family, hidden: Tensor, decide: Decisions, collect: bool
+    state: EncoderState,
+    family: Family,
+    hidden: Tensor,
+    decide: Decisions,
+    collect: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor] | None]:
-    """Run all layers on packed rows ``(T, H)``; their states, and those between layers if asked for."""
+    """Run all layers on packed rows ``(T, H)``; their states, and those between layers if asked for.
+
+    ``bias`` ``(1, heads, S, S)`` is added to the scores of attention.
+    """
     offsets, capacity = decide.request.cu_seqlens, hidden.shape[0]
     ahead = decide.taken()
     # Shapes depend on the sizes, which the host reads back: once where it can, else once a layer.
@@ -39,7 +48,7 @@ def run_packed(
         keep, gate = decide(index, lambda: hidden)  # noqa: B023  called at once
         step = steps[index] if steps else _Step.of(build_dispatch(taken(keep, gate), offsets, capacity))
         share = None if gate is None else gate.index_select(0, _samples_of(step.rows, offsets))
-        hidden = _bypass(layer, family, hidden, step, share)
+        hidden = _bypass(layer, family, hidden, step, share, bias)
         if collect:
             states.append(hidden)
     return hidden, states
@@ -77,7 +86,14 @@ def _samples_of(rows: Tensor, offsets: Tensor) -> Tensor:
     return torch.searchsorted(offsets[1:], rows, right=True)
 
 
-def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share: Tensor | None) -> Tensor:
+def _bypass(
+    layer: nn.Module,
+    family: Family,
+    hidden: Tensor,
+    step: _Step,
+    share: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
     """``layer`` on the active rows, mixed by ``share`` ``(N,)``; all other rows as they came."""
     if not step.sizes.rows:
         return hidden
@@ -87,7 +103,7 @@ def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share
 
     def attend(*parts: Tensor) -> Tensor:
         heads = parts[0].shape[1] // attention.attention_head_size
-        return attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout)
+        return attend_packed(torch.cat(parts, 1), step.cu_seqlens, step.sizes, heads, dropout, bias)
 
     run = partial(family.parts.forward, layer, attend=attend)
     if layer.training and torch.is_grad_enabled() and getattr(layer, "gradient_checkpointing", False):
@@ -99,6 +115,69 @@ def _bypass(layer: nn.Module, family: Family, hidden: Tensor, step: _Step, share
         share = share.unsqueeze(1).to(hidden.dtype)
         outside = share * outside + (1 - share) * inside
     return hidden.index_copy(0, step.rows.long(), outside)
+
+
+def run_layer(
+    state: EncoderState,
+    layer: nn.Module,
+    before: Tensor,
+    args: tuple,
+    options: dict[str, Any],
+    keep: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """One layer on padded states ``(B, S, H)`` for those who take it; all others keep theirs.
+
+    Args:
+        state: of the encoder.
+        args, options: what the layer is called with after the states, for the whole batch.
+        keep: bool ``(B,)``.
+        gate: ``(B,)``, or None.
+    """
+    computed = taken(keep, gate)
+    rows = None
+    if not torch.compiler.is_compiling() and not (everyone := bool(computed.all())):
+        if not computed.any():
+            return before
+        rows = None if everyone or state.why_not_by_sample() else computed.nonzero().flatten()
+    inside = before
+    if rows is not None:
+        inside = before.index_select(0, rows)
+        args, options = _of_samples(layer, args, options, rows, len(before))
+        gate = None if gate is None else gate.index_select(0, rows)
+    after = layer(inside, *args, **options)
+    after = after[0] if isinstance(after, tuple) else after
+    if gate is not None:
+        gate = gate.view(-1, 1, 1).to(before.dtype)
+        after = gate * after + (1 - gate) * inside
+    elif rows is None:
+        after = torch.where(keep.view(-1, 1, 1), after, before)
+    if rows is None:
+        return after
+    kind = torch.promote_types(before.dtype, after.dtype)
+    return before.to(kind).index_copy(0, rows, after.to(kind))
+
+
+def _of_samples(
+    layer: nn.Module, args: tuple, options: dict[str, Any], rows: Tensor, batch_size: int
+) -> tuple[list, dict[str, Any]]:
+    """Arguments of a layer for some samples of a batch."""
+
+    def chosen(name: str, value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(chosen(name, part) for part in value)
+        if name in PER_SAMPLE and isinstance(value, Tensor) and value.dim() and len(value) == batch_size:
+            return value.index_select(0, rows)
+        return value
+
+    named = zip(names_of(type(layer))[1:], args, strict=False)
+    return [chosen(*pair) for pair in named], {name: chosen(name, value) for name, value in options.items()}
+
+
+@cache
+def names_of(kind: type) -> tuple[str, ...]:
+    """Names of the arguments of a layer's class, the states first."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def run_padded(
@@ -132,15 +211,7 @@ def run_padded(
 
     def _keep(layer: nn.Module, index: int, before: Tensor, mask: Tensor | None) -> Tensor:
         keep, gate = decide(index, lambda: pack_padded(before, attention_mask).hidden)
-        computed = taken(keep, gate)
-        if computed.is_cpu and not torch.compiler.is_compiling() and not computed.any():
-            return before
-        after = layer(before, mask)
-        after = after[0] if isinstance(after, tuple) else after
-        if gate is not None:
-            gate = gate.view(-1, 1, 1).to(before.dtype)
-            return gate * after + (1 - gate) * before
-        return torch.where(keep.view(-1, 1, 1), after, before)
+        return run_layer(state, layer, before, (mask,), {}, keep, gate)
 
     run: Callable = loop
     kind = family.named(family.stack[1])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,15 +23,12 @@ from dynplan.snapshot import (
 )
 
 GRADIENTS = "gradients are recorded; wrap inference in torch.no_grad()"
+READS_PADDING = "the head reads padding, of which this batch has some"
+_UNKNOWN = "the layers of {} are none that the kernels know"
 # Where the ops run.
 DEVICES = ("cpu", "cuda")
 # Attention that is softmax(QK^T)V whatever its name says of how. A user's own is left to the layers.
 _ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_REFUSED = {
-    "is_decoder": "a causal mask would make each token's work depend on its place",
-    "add_cross_attention": "cross-attention is not planned",
-    "is_causal": "a causal mask would make each token's work depend on its place",
-}
 _ELEMENTWISE = tuple(
     getattr(nn, name) for name in "ReLU ReLU6 GELU SiLU Tanh Sigmoid ELU SELU LeakyReLU Mish".split()
 )
@@ -71,7 +69,8 @@ class EncoderState:
         traced: whether the tensors hold nothing just now: then no contents are looked at.
 
     Attributes:
-        layers: the present ones.
+        family: of the model.
+        layers: the present ones, in the order of their calls.
         why_not_packed: why packed rows cannot go through the layers' own modules; None: they can.
         why_not_fused: why the kernels cannot stand for the layers; None: they can.
         embeddings: arguments of ``embed_tokens`` from its tables on, where it can stand for the embeddings.
@@ -79,12 +78,15 @@ class EncoderState:
     """
 
     def __init__(self, model: nn.Module, family: Family, weights: str | None, traced: bool = False) -> None:
+        self.family = family
         self.layers = list(family.layers_of(model))
-        self.stack = getattr(model, family.stack[0])
-        embeddings = getattr(model, family.embeddings)
-        parts = [model, self.stack, getattr(self.stack, family.layers)]
+        self.stack = getattr(model, family.stack[0], None)
+        embeddings = getattr(model, family.embeddings, None)
+        path = family.layers.split(".")
+        owners = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
         self.projection = getattr(model, family.projection or "", None)
         self.pooler = getattr(model, "pooler", None)
+        parts = [*owners]
         for root in (embeddings, *self.layers, self.projection, self.pooler):
             parts += [] if root is None else root.modules()
         configs = [config for part in parts if (config := getattr(part, "config", None)) is not None]
@@ -92,34 +94,44 @@ class EncoderState:
         settings = [
             (vars(config), name)
             for config in configs.values()
-            for name in ("_attn_implementation_internal", *_REFUSED)
+            for name in ("_attn_implementation_internal", "num_hidden_layers", *family.refused)
         ]
-        names = {config._attn_implementation for config in configs.values()}
+        self._names = {config._attn_implementation for config in configs.values()}
         mappings = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
         tables = [table for one in mappings for table in (one._global_mapping, one._local_mapping)]
-        registered = [(table, name) for table in tables for name in names if name]
+        registered = [(table, name) for table in tables for name in self._names if name]
         # Before anything is read: what another thread writes meanwhile shall be seen.
-        functions = [(vars(family.code), name) for name in family.parts.functions]
+        called = () if family.parts is None else family.parts.functions
+        functions = [(vars(family.code), name) for name in called]
         self._modules = ModuleSnapshot(parts, [*settings, *registered, *functions])
         tensors = [parameter for layer in self.layers for parameter in layer.parameters()]
-        self._tensors = None if traced else Watched([*tensors, *embeddings.buffers()])
+        self._tensors = (
+            None if traced else Watched([*tensors, *(() if embeddings is None else embeddings.buffers())])
+        )
         self._weights = weights
         self._packed: list[Tensor] | None = None
+        self._why_not_by_sample: tuple[str | None] | None = None
 
         self.why_refused = _reason(_check_model, model, family)
-        self.why_not_fused = _reason(self._check_packed, family, names)
+        self.why_not_fused = _reason(self._check_packed, family)
         # Kernels record no gradients, so that these are nothing to them.
         self.why_not_packed = self.why_not_fused or _reason(_check_backward_hooks, self.layers)
         self.reading: LayerReading | None = None
         if self.why_not_fused is None:
             self.why_not_fused = _reason(self._read_layers, family)
         self.embeddings: tuple | None = None
-        if not traced:
+        if not traced and family.embedding_parts is not None:
             _reason(self._read_embeddings, embeddings, family)
 
     def holds(self) -> bool:
         """Whether the model is as it was read."""
         return self._modules.holds() and self._tensors.unchanged()
+
+    def why_not_by_sample(self) -> str | None:
+        """Why a layer may mind who else is in its batch; None: it treats each sample by itself."""
+        if self._why_not_by_sample is None:
+            self._why_not_by_sample = (_reason(self._check_by_sample),)
+        return self._why_not_by_sample[0]
 
     def packed(self) -> list[Tensor]:
         """Each layer's weights as the kernels read them; only where nothing is :attr:`why_not_fused`."""
@@ -128,16 +140,31 @@ class EncoderState:
             packed = self._packed = [pack_layer(tensors, self._weights) for tensors in self._layer_tensors]
         return packed
 
-    def _check_packed(self, family: Family, attention: set[str | None]) -> None:
+    def _check_calls(self) -> None:
         if (reason := process_reason()) is not None:
             raise Differs(reason)
-        if len(attention) > 1:  # one's mask may mean nothing to another
-            raise Differs(f"attention is of several implementations: {sorted(map(str, attention))}")
-        for name in attention:
+        if len(self._names) > 1:  # one's mask may mean nothing to another
+            raise Differs(f"attention is of several implementations: {sorted(map(str, self._names))}")
+        for name in self._names:
             functions = (ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name))
             own = all(function is None or is_library_code(function) for function in functions)
             if not own or name not in _ATTENTION:
                 raise Differs(f"attention is {name!r}, which the kernels do not know")
+
+    def _check_by_sample(self) -> None:
+        self._check_calls()
+        for layer in self.layers:
+            for module in layer.modules():
+                _expect(module, type(module), "a part of a layer")
+                if has_backward_hooks(module):
+                    raise Differs(f"{type(module).__name__} has a backward hook")
+                if isinstance(module, _BatchNorm):
+                    raise Differs("a layer norms over the batch")
+
+    def _check_packed(self, family: Family) -> None:
+        if family.parts is None:
+            raise Differs(_UNKNOWN.format(family.prefix + family.bare))
+        self._check_calls()
         _expect(self.stack, family.named(family.stack[1]), family.stack[0])
         if self.pooler is not None:  # another one may read padding
             _expect(self.pooler, family.named("Pooler"), "the pooler")
@@ -151,6 +178,8 @@ class EncoderState:
                 raise Differs(f"layer {index}: {reason}") from None
 
     def _read_layers(self, family: Family) -> None:
+        if family.parts.bias is not None:
+            raise Differs(f"{_UNKNOWN.format(family.prefix + family.bare)}: attention has a position bias")
         readings = [_read_layer(layer, family) for layer in self.layers]
         self._layer_tensors = [reading.tensors for reading in readings]
         if not readings:
@@ -170,8 +199,9 @@ class EncoderState:
         _expect(module, family.named("Embeddings"), "embeddings")
         if self.projection is not None:
             _expect(self.projection, nn.Linear, "the projection of the embeddings")
-        tables = [getattr(module, name) for name in (parts.word, parts.token_type, parts.position)]
-        for table in tables:
+        names = (parts.word, parts.token_type, parts.position)
+        tables = [None if name is None else getattr(module, name) for name in names]
+        for table in filter(None, tables):
             _expect(table, nn.Embedding, "embeddings")
             if table.max_norm is not None:
                 raise Differs("an embedding table has max_norm")
@@ -196,7 +226,11 @@ class EncoderState:
             raise Differs("positions are not columns")
         if token_types is not None and token_types.any():
             raise Differs("token types of a forward without any are not zeros")
-        tensors = [*(table.weight for table in tables), norm.weight, norm.bias]
+        # Adding a row of zeros is adding nothing.
+        weights = [
+            norm.weight.new_zeros(1, len(norm.weight)) if one is None else one.weight for one in tables
+        ]
+        tensors = [*weights, norm.weight, norm.bias]
         if not all(map(is_plain, tensors)):
             raise Differs("an embedding table is a tensor of another kind")
         self.embeddings = (*tensors, norm.eps, padding_idx)
@@ -212,13 +246,15 @@ def _reason(check, *arguments) -> str | None:
 
 def _check_model(model: nn.Module, family: Family) -> None:
     """Raises where no forward of ours is the model's."""
-    bare = family.named("Model")
+    bare = family.named(family.bare)
     if bare is None or type(model).forward is not bare.forward or not is_library_code(bare.forward):
-        raise Differs(f"expected {family.bare}'s own forward, got another of {type(model).__name__}")
-    for name, reason in _REFUSED.items():
+        raise Differs(
+            f"expected {family.prefix}{family.bare}'s own forward, got another of {type(model).__name__}"
+        )
+    for name, reason in family.refused.items():
         if getattr(model.config, name, None):
             raise Differs(f"expected config.{name} to be False, got True; {reason}")
-    for layer in family.layers_of(model):
+    for layer in family.layers_of(model) if family.parts is not None else ():
         position = getattr(_find(layer, family.parts.attention), "position_embedding_type", "absolute")
         if position != "absolute":
             raise Differs(f"expected absolute position embeddings, got {position!r}")
@@ -252,10 +288,13 @@ def _check_layer(layer: nn.Module, family: Family) -> None:
     for path, suffix in parts.classes.items():
         _expect(_find(layer, path), family.named(suffix), path or "the layer")
     attention = _find(layer, parts.attention)
-    if attention.scaling != attention.attention_head_size**-0.5:
-        raise Differs(f"attention is scaled by {attention.scaling}")
-    if getattr(attention, "is_causal", None) is not False:
-        raise Differs("attention is causal")
+    if parts.functions:  # else the attention is written in its module
+        if attention.scaling != attention.attention_head_size**-0.5:
+            raise Differs(f"attention is scaled by {attention.scaling}")
+        # Without the attribute, attention that is handed on to PyTorch may be taken for a decoder's.
+        causal = getattr(attention, "is_causal", attention.config._attn_implementation != "eager")
+        if causal is not False:
+            raise Differs("attention is causal")
     for path in parts.linears:
         module = _find(layer, path)
         if not type(module).__module__.startswith(_ADAPTERS):

@@ -52,6 +52,11 @@ def export_onnx(
             f"export_onnx: {' and '.join(missing)} not installed; run: pip install dynplan[onnx]"
         )
     bare, family, _ = find_encoder("export_onnx", model)
+    if family.shared:
+        raise NotImplementedError(
+            f"export_onnx: expected a model with a module for each layer, got {type(bare).__name__}, whose "
+            "layers share theirs"
+        )
     layers = family.layers_of(bare)
     kept = _kept(model, bare, len(layers), keep)
     if inputs is None:
@@ -61,9 +66,9 @@ def export_onnx(
     if "dynplan" in vars(original):
         unswap(original)
     bare = find_encoder("export_onnx", original)[0]
-    stack = getattr(bare, family.stack[0])
+    owner, _, name = family.layers.rpartition(".")
     chosen = [layer for layer, wanted in zip(family.layers_of(bare), kept, strict=True) if wanted]
-    setattr(stack, family.layers, nn.ModuleList(chosen))
+    setattr(bare.get_submodule(owner), name, nn.ModuleList(chosen))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     settings = {
         "input_names": list(inputs),

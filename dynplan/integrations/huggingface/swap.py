@@ -14,23 +14,29 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import GenerationMixin
 
 from dynplan.integrations.huggingface.controller import Controller
-from dynplan.integrations.huggingface.families import FAMILIES, Family, find_family
+from dynplan.integrations.huggingface.families import (
+    FAMILIES,
+    READS,
+    Family,
+    find_class,
+    find_family,
+)
 from dynplan.integrations.huggingface.forward import SwappedForward
+from dynplan.integrations.sentence_transformers import encoder_inside, is_folder_of, load
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
 from dynplan.policy_files import DESCRIPTION, load_policy, save_policy
-
-# Heads that would take padding for text: what they read there is zero in a swapped model.
-_READS_PADDING = ("ForQuestionAnswering",)
 
 
 def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None = None) -> nn.Module:
     """Put a Hugging Face encoder under a policy, in place.
 
     Args:
-        model: BERT, RoBERTa, XLM-RoBERTa or ELECTRA; the bare model, sequence or token classification. For
+        model: an encoder of a family that dynplan knows, bare or with any head that generates no text; or a
+            ``SentenceTransformer`` or ``CrossEncoder`` round one, in which the encoder is swapped. For
             another model with such an encoder inside, swap the bare encoder.
         policy: decides the plans; :class:`~dynplan.policies.KeepAll` by default.
         weights: "int8" or "bfloat16": the encoder's products run on copies of its weights in that type, see
@@ -46,7 +52,17 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         ValueError: the model is swapped already; ``weights`` is unknown or not for the model's device or
             dtype.
     """
+    if (inside := encoder_inside(model)) is not None:
+        return _swap_inside(model, *inside, policy, weights)
+    return _swap(model, policy, weights)
+
+
+def _swap(
+    model: nn.Module, policy: Policy | None, weights: str | None, reads: str | None = None
+) -> nn.Module:
     bare, family, suffix = find_encoder("swap", model)
+    if reads is None:
+        reads = "tokens" if bare is model else READS.get(suffix, "all")
     if isinstance(vars(bare).get("forward"), SwappedForward):
         raise ValueError(
             "swap: expected a model that is not swapped, got one that is; "
@@ -60,14 +76,25 @@ def swap(model: nn.Module, policy: Policy | None = None, *, weights: str | None 
         if name in vars(model):
             raise ValueError(f"swap: expected {type(model).__name__} without an attribute {name}, got one")
     if weights is not None:
-        _check_weights(bare, weights)
+        _check_weights(bare, family, weights)
     controller = Controller(bare, family, KeepAll() if policy is None else policy, weights, model)
     refused = controller.state().why_refused
     if refused is not None:
         raise NotImplementedError(f"swap: {refused}")
-    bare.forward = SwappedForward(bare, family, controller, family.heads.get(suffix, False))
+    bare.forward = SwappedForward(bare, family, controller, reads)
     model.dynplan = controller
     model.save_pretrained = SwappedSave(model, controller)
+    return model
+
+
+def _swap_inside(
+    model: nn.Module, inner: nn.Module, reads: str, policy: Policy | None, weights: str | None
+) -> nn.Module:
+    if "dynplan" in vars(model):
+        raise ValueError(f"swap: expected {type(model).__name__} without an attribute dynplan, got one")
+    headless = find_encoder("swap", inner)[0] is inner
+    _swap(inner, policy, weights, reads if headless or reads == "all" else None)
+    model.dynplan = inner.dynplan
     return model
 
 
@@ -78,6 +105,10 @@ def unswap(model: nn.Module) -> nn.Module:
         TypeError: an unknown model type or class.
         ValueError: the model is not swapped, or another library has wrapped its forward since.
     """
+    if (inside := encoder_inside(model)) is not None:
+        unswap(inside[0])
+        vars(model).pop("dynplan", None)
+        return model
     bare, _, _ = find_encoder("unswap", model)
     if "dynplan" not in vars(model):
         inside = " though its encoder is" if isinstance(vars(bare).get("forward"), SwappedForward) else ""
@@ -97,7 +128,8 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
     Args:
         folder: a local folder.
         weights: for :func:`swap`. It is not saved with the model: it suits the machine that runs it.
-        **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...).
+        **options: for the model class's own ``from_pretrained`` (``dtype``, ``device_map``, ...), or for the
+            class of sentence-transformers.
 
     Returns:
         The swapped model in evaluation mode.
@@ -109,9 +141,14 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"from_pretrained: expected a local folder, got {str(folder)!r}")
     policy, budget = load_policy(folder)
+    if is_folder_of(folder):
+        model = swap(load(folder, **options), policy, weights=weights)
+        _check_fit(encoder_inside(model)[0], folder)
+        model.dynplan.budget = budget
+        return model
     config = transformers.AutoConfig.from_pretrained(folder)
     names = config.architectures or ["none"]
-    model_class = getattr(transformers, str(names[0]), None)
+    model_class = getattr(transformers, str(names[0]), None) or find_class(str(names[0]))
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise ValueError(
             f"from_pretrained: expected a model class of transformers in config.json, got {names[0]}"
@@ -168,29 +205,38 @@ def _check_fit(model: nn.Module, folder: str | os.PathLike) -> None:
 
 def find_encoder(caller: str, model: nn.Module) -> tuple[nn.Module, Family, str]:
     """The bare encoder, its family and the suffix of the model's class."""
+    if isinstance(model, GenerationMixin):
+        raise NotImplementedError(
+            f"{caller}: expected an encoder, got {type(model).__name__}, which generates text: a causal mask "
+            "would make each token's work depend on its place"
+        )
     found = find_family(model)
     if found is None:
-        known = ", ".join(family.bare for family in FAMILIES)
-        inside = [(name, *found) for name, part in model.named_modules() if (found := find_family(part))]
+        known = ", ".join(f"{family.prefix}{family.bare}" for family in FAMILIES)
+        inside = [(name, part) for name, part in model.named_modules() if name and find_family(part)]
         remedy = ""
-        if type(model).__name__.endswith(_READS_PADDING):
-            remedy = "; its head reads padding positions, which a swapped encoder leaves zero"
-        elif inside and inside[0][0]:
+        if inside:
+            name, part = inside[0]
             remedy = (
-                f"; it holds a {inside[0][1].prefix}{inside[0][2]}: "
-                f"dynplan.{caller}(model.get_submodule({inside[0][0]!r})) if what reads it ignores padding"
+                f"; it holds a {type(part).__name__}: dynplan.{caller}(model.get_submodule({name!r})) if "
+                "what reads it ignores padding"
             )
         raise TypeError(
-            f"{caller}: expected one of {known}, or one of these with a head for classification of sequences "
-            f"or tokens, got {type(model).__name__}{remedy}"
+            f"{caller}: expected one of {known}, or one of these with a head, got "
+            f"{type(model).__name__}{remedy}"
         )
-    family, suffix = found
-    return model if suffix == "Model" else getattr(model, family.attribute), family, suffix
+    family, bare, suffix = found
+    return bare, family, suffix
 
 
-def _check_weights(bare: nn.Module, weights: str) -> None:
+def _check_weights(bare: nn.Module, family: Family, weights: str) -> None:
     if weights not in REDUCED_DTYPES:
         raise ValueError(f"swap: expected weights to be None, bfloat16 or int8, got {weights!r}")
+    if not family.has_kernels:
+        raise ValueError(
+            f"swap: expected weights=None for {type(bare).__name__}, whose layers the kernels do not know, "
+            f"got {weights!r}"
+        )
     parameter = next(bare.parameters())
     if parameter.device.type != "cpu" or parameter.dtype == torch.float64:
         raise ValueError(

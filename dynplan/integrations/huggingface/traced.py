@@ -23,7 +23,12 @@ from torch.library import custom_op
 from transformers.masking_utils import create_bidirectional_mask
 
 from dynplan.integrations.huggingface.arguments import check_mask
-from dynplan.integrations.huggingface.encoder_state import GRADIENTS, EncoderState, layer_tensors
+from dynplan.integrations.huggingface.encoder_state import (
+    GRADIENTS,
+    READS_PADDING,
+    EncoderState,
+    layer_tensors,
+)
 from dynplan.ops.planned_encoder import check_first, offsets_of, pack_padded, planned_encoder
 from dynplan.plans import check_budget_is_heard, decide, plan_upfront
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, StaticPath
@@ -243,6 +248,8 @@ def _record(forward: SwappedForward, inputs: _Inputs, collect: bool) -> _States:
     hidden, _, mask = forward.embed(None, inputs, True, "traced")
     keep = _recorded_plan(forward, hidden, inputs[0], mask)
     weights = forward.controller.weights
+    if forward.reads == "all" and inputs[1] is not None:
+        why_not_fused = READS_PADDING
     if why_not_fused is not None:
         if weights is not None:
             raise NotImplementedError(f"dynplan: weights={weights!r} cannot be exported: {why_not_fused}")
