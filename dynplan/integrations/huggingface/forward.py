@@ -98,10 +98,10 @@ class SwappedForward:
         position_ids, token_type_ids = options.pop("position_ids", None), None
         if self.family.embedding_parts.token_type is not None:
             token_type_ids = options.pop("token_type_ids", None)
-        settings = {
-            name: getattr(config, name) if (asked := options.pop(name, None)) is None else asked
-            for name in ("output_attentions", "output_hidden_states", "return_dict")
-        }
+        settings = {}
+        for name in ("output_attentions", "output_hidden_states", "return_dict"):
+            asked = options.pop(name, None)
+            settings[name] = getattr(config, name) if asked is None else asked
         collect = settings["output_hidden_states"]
         check_options(options, settings["output_attentions"], collect)
         if (input_ids is None) == (inputs_embeds is None):
