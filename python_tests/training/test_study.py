@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dynplan.training import InputError, Recipe, infer_task
-from dynplan.training.study import Study, _bootstrap, collect, report_lines, run_study
+from dynplan.training.metrics import task_metrics
+from dynplan.training.study import Study, _bootstrap, collect, report_lines, resampled_scores, run_study
 
 CLASSES = infer_task([{"label": 0}, {"label": 1}], "sst2")
 
@@ -85,6 +86,20 @@ def test_the_planner_above_a_rival(study):
     paired = (mine.argmax(1) == labels).astype(float) - (theirs.argmax(1) == labels)
     assert abs(gaps.mean() - paired.mean()) < 0.01
     assert gaps.std() == pytest.approx(paired.std() / 20, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["sst2", "cola", "mrpc", "stsb"])
+def test_resampled_scores_are_the_tasks(name):
+    draw = np.random.default_rng(1)
+    task = infer_task([{"label": 0.5 if name == "stsb" else value} for value in (0, 1)], name)
+    if name == "stsb":
+        labels, logits = draw.random(50), draw.random((50, 1))
+    else:
+        labels, logits = draw.integers(0, 2, 50), draw.random((50, 2))
+    picked = draw.integers(0, 50, (6, 50))
+    scores = resampled_scores(task, logits, labels, picked)
+    for rows, score in zip(picked, scores, strict=True):
+        assert score == pytest.approx(task_metrics(task, logits[rows], labels[rows])["score"])
 
 
 def test_nothing_yet(study, tmp_path):
