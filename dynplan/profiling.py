@@ -39,7 +39,7 @@ PHASES = {
     "padding restored": "dispatch",
 }
 GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings", "output", "Python")
-_ENCODER_OPS = ("encode_tokens", "conditional_encoder", "conditional_encoder_layer")
+_ENCODER_OPS = ("encode_tokens", "conditional_encoder")
 _DISPATCH_OPS = ("pack_padded", "build_dispatch", "unpack")
 # Methods of the forward.
 _METHODS = ("embed", "_output")

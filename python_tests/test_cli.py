@@ -43,7 +43,9 @@ def test_version():
     assert invoke("--version").output == f"dynplan {dynplan.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "finetune", "evaluate", "predict", "embed", "bench", "env"])
+@pytest.mark.parametrize(
+    "command", ["demo", "finetune", "evaluate", "study", "predict", "embed", "bench", "env"]
+)
 def test_help_holds_every_option_and_default(command):
     """Nothing is taken for markup, and no name is cut."""
     done = invoke(command, "--help")

@@ -19,14 +19,14 @@ def command(
     text_pair: TextPair = None,
     pooling: Annotated[
         str | None,
-        typer.Option(help="mean, cls or max.", show_default="as sentence-transformers saved it, else mean"),
+        typer.Option(help="mean, cls or max.", show_default="as saved with the model, else mean"),
     ] = None,
     normalize: Annotated[
         bool | None,
         typer.Option(
             "--normalize/--no-normalize",
             help="Vectors of length 1.",
-            show_default="as sentence-transformers saved it, else not",
+            show_default="as saved with the model, else not",
         ),
     ] = None,
     budget: options.Budget = None,

@@ -23,6 +23,7 @@ from dynplan.training.predict import make_batches, predict
 
 # 54 rows to learn from are three batches, so that none has to be filled up.
 RECIPE = Recipe(
+    planner="upfront",
     batch_size=18,
     robust_epochs=8,
     planner_epochs=2,
@@ -36,8 +37,8 @@ RECIPE = Recipe(
 OPTIONS = [
     f"--{name.replace('_', '-')}={getattr(RECIPE, name)}"
     for name in (
-        "batch_size robust_epochs planner_epochs planner_rows menu_size search_rows search_swaps max_length "
-        "learning_rate"
+        "planner batch_size robust_epochs planner_epochs planner_rows menu_size search_rows search_swaps "
+        "max_length learning_rate"
     ).split()
 ]
 
