@@ -90,6 +90,11 @@ class _Run:
         self.recipe, self.callbacks = recipe, callbacks
         self.progress = progress = progress and self.ranks.is_main_process
         share_of_batch(recipe.batch_size)
+        if recipe.planner == "exits" and self.ranks.num_processes > 1:
+            raise InputError(
+                f"finetune: expected one process for exits, got {self.ranks.num_processes}; "
+                "--planner upfront and --planner none train on several"
+            )
         self.source, self.output = Path(model), check_output(output, resume)
         # Nothing is trained before recipe.json is there.
         self.resume = resume and (self.output / RECIPE).exists()
