@@ -158,7 +158,7 @@ class Pair:
     def judge(self, theirs: object, mine: object) -> None:
         """Count what was raised by both, or refused by ours with an accepted reason; else Mismatch."""
         for raised in (theirs, mine):
-            # A table that was cut while autograd remembers its shape: whether it does is the collector's whim.
+            # A table that was cut while autograd remembers its shape: whether that raises is chance.
             if "returned an invalid gradient" in str(raised):
                 raise Ended
         if isinstance(theirs, Exception) and isinstance(mine, Exception):
