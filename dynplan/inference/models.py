@@ -100,10 +100,10 @@ class RunModel:
 
     def columns(self, output: Tensor) -> dict[str, list | Tensor]:
         """Columns for :attr:`fields` of all outputs of a window."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected columns() to be defined by its kind")
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: expected _forward() to be defined by its kind")
 
     def _trained_length(self) -> int | None:
         return None

@@ -17,31 +17,19 @@ from dynplan.integrations.huggingface.families import FAMILIES, Family
 
 LENGTHS = (9, 3, 1, 7, 5)
 PATHS = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 1, 0]], dtype=torch.bool)
-TEXT = dict(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    intermediate_size=64,
-    max_position_embeddings=40,
-)
+_SHAPE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64)
+TEXT = dict(_SHAPE, vocab_size=97, max_position_embeddings=40)
 _IDS = dict(pad_token_id=1, bos_token_id=0, cls_token_id=0, eos_token_id=2, sep_token_id=2)
 _IMAGE = dict(
-    hidden_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    intermediate_size=64,
+    _SHAPE,
     image_size=16,
     patch_size=4,
     encoder_stride=4,
     num_labels=3,
 )
 _SOUND = dict(
+    _SHAPE,
     vocab_size=20,
-    hidden_size=32,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    intermediate_size=64,
     conv_dim=(16, 16),
     conv_stride=(5, 4),
     conv_kernel=(10, 4),
