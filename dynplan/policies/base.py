@@ -142,8 +142,8 @@ def policy_from_config(config: Mapping[str, Any]) -> Policy:
     kind = options.pop("type", None)
     if kind not in Policy.registry:
         raise ValueError(
-            f"policy_from_config: expected type to be one of {sorted(Policy.registry)}, got {kind!r}; "
-            "import the module that defines the policy first"
+            f"policy_from_config: expected type to be a policy's, got {kind!r}; import the module that "
+            f"defines it first; known are {sorted(Policy.registry)}"
         )
     try:
         return Policy.registry[kind].from_options(options)
