@@ -37,16 +37,29 @@ PHASES = {
     "product: down, residual": "products",
     "second norm, scatter": "norms",
     "padding restored": "dispatch",
+    "answers on the way": "planning",
 }
-GROUPS = ("products", "attention", "norms", "waiting", "dispatch", "embeddings", "output", "Python")
-_ENCODER_OPS = ("encode_tokens", "conditional_encoder")
+GROUPS = (
+    "products",
+    "attention",
+    "norms",
+    "waiting",
+    "dispatch",
+    "planning",
+    "embeddings",
+    "output",
+    "Python",
+)
+_ENCODER_OPS = ("encode_tokens", "encode_until_sure", "conditional_encoder")
 _DISPATCH_OPS = ("pack_padded", "build_dispatch", "unpack")
-# Methods of the forward.
+# Methods of the forward, and of its controller.
 _METHODS = ("embed", "_output")
+_CONTROLLERS = ("state", "head")
+_POLICY = ("plan_upfront", "decide", "rungs_of", "head")
 # Where the forward looks the others up.
 _PLACES = {
-    fast_path: ("encode_tokens", "plan_upfront"),
-    fused: (*_ENCODER_OPS[1:], "build_dispatch", "plan_upfront", "decide"),
+    fast_path: (*_ENCODER_OPS[:2], "plan_upfront", "rungs_of"),
+    fused: ("conditional_encoder", "build_dispatch", "plan_upfront", "decide"),
     forward: ("pack_padded", "unpack"),
 }
 
@@ -134,8 +147,7 @@ def profile_forward(model: nn.Module, inputs: Mapping[str, Tensor], rounds: int 
 def _parts(total: float, spent: Mapping[str, float], phases: Sequence[float]) -> list[Part]:
     encoder = sum(spent.get(op, 0.0) for op in _ENCODER_OPS)
     parts = [Part("embeddings, op by op", "embeddings", spent.get("embed", 0.0))]
-    plan = spent.get("plan_upfront", 0.0) + spent.get("decide", 0.0)
-    parts.append(Part("policy's plan", "dispatch", plan))
+    parts.append(Part("policy, in Python", "planning", sum(spent.get(name, 0.0) for name in _POLICY)))
     parts += [Part(op, "dispatch", spent.get(op, 0.0)) for op in _DISPATCH_OPS]
     parts += [Part(name, group, own) for (name, group), own in zip(PHASES.items(), phases, strict=True)]
     # Threads that have finished before the others, and what the op does before and after its phases.
@@ -156,7 +168,7 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
     spent: dict[str, float] = {}
     swapped = next(vars(module)["forward"] for module in model.modules() if "forward" in vars(module))
     places = [(place, name) for place, names in _PLACES.items() for name in names]
-    places += [(swapped, name) for name in _METHODS] + [(swapped.controller, "state")]
+    places += [(swapped, name) for name in _METHODS] + [(swapped.controller, name) for name in _CONTROLLERS]
     originals = [getattr(place, name) for place, name in places]
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +189,8 @@ def _clock(model: nn.Module) -> Iterator[dict[str, float]]:
             setattr(place, name, original)
         for name in _METHODS:
             delattr(swapped, name)
-        del swapped.controller.state
+        for name in _CONTROLLERS:
+            delattr(swapped.controller, name)
 
 
 def bench_profile(
@@ -186,6 +199,7 @@ def bench_profile(
     length: int = 32,
     share: float = 1.0,
     picture: Path | None = None,
+    exits: bool = False,
 ) -> dict[int, ForwardProfile]:
     """``dynplan bench --profile``: profile forwards on random tokens, print a table, draw a picture.
 
@@ -195,11 +209,13 @@ def bench_profile(
         length: tokens of the longest sample; the others have between half of that and all of it.
         share: of layers kept, on a random path for each sample; 1 keeps all.
         picture: where to write a PNG; None: nowhere. Needs matplotlib.
+        exits: ask every sample for its answer after a third and two thirds of the layers, under a stream's
+            budget that lets all go on: what planning costs beside keep-all.
 
     Returns:
         Batch size -> profile.
     """
-    model = _encoder(folder, share)
+    model = _with_exits(folder) if exits else _encoder(folder, share)
     generator = torch.Generator().manual_seed(0)
     profiles = {}
     for size in batch_sizes:
@@ -208,27 +224,44 @@ def bench_profile(
         ids = torch.randint(5, model.config.vocab_size, (size, length), generator=generator)
         mask = (torch.arange(length) < lengths).long()
         profiles[size] = profile_forward(model, {"input_ids": ids, "attention_mask": mask})
-    print_profiles(profiles, f"{length} tokens at most, {share:g} of the layers")
+    asked = ", answers asked twice" if exits else ""
+    print_profiles(profiles, f"{length} tokens at most, {share:g} of the layers{asked}")
     if picture is not None:
         draw_profiles(profiles, picture)
     return profiles
 
 
-def _encoder(folder: Path | None, share: float) -> nn.Module:
+def _encoder(folder: Path | None, share: float, head: bool = False) -> nn.Module:
+    """A swapped encoder, of a folder or with random weights; with a random head of two classes."""
     import transformers
 
     import dynplan
     from dynplan.policies import KeepAll, RandomPath
 
+    torch.manual_seed(0)
+    kind = transformers.AutoModelForSequenceClassification if head else transformers.AutoModel
     if folder is None:
-        torch.manual_seed(0)
         config = transformers.BertConfig(
             hidden_size=384, num_hidden_layers=12, num_attention_heads=12, intermediate_size=1536
         )
-        model = transformers.BertModel(config, add_pooling_layer=False)
+        model = kind.from_config(config, **({} if head else {"add_pooling_layer": False}))
     else:
-        model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
+        model = kind.from_pretrained(folder, dtype=torch.float32)
     return dynplan.swap(model.eval(), KeepAll() if share == 1 else RandomPath(share))
+
+
+def _with_exits(folder: Path | None) -> nn.Module:
+    from dynplan.nn import Exits
+    from dynplan.policies import ConfidenceExit
+    from dynplan.stream_budget import StreamBudget
+
+    model = _encoder(folder, 1.0, head=True)
+    layers = model.dynplan.num_layers
+    exits = Exits(model.config.hidden_size, layers, [max(1, layers // 3), max(2, 2 * layers // 3)])
+    chain = [*exits.depths, layers]
+    model.dynplan.policy = ConfidenceExit(exits, 1.0, [chain], [0], [[float("inf")]])
+    model.dynplan.budget = StreamBudget(1.0)
+    return model
 
 
 def print_profiles(profiles: Mapping[int, ForwardProfile], title: str) -> None:

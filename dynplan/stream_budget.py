@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynplan._library import find_op
 from dynplan.budget import admit, check_budget
 
+# On the CPU, under one lock with encode_until_sure.
+_arrive, _take, _add, _read, _write = (
+    find_op(f"_stream_{name}") for name in ("arrive", "take", "add", "read", "write")
+)
 _COUNTS = ("samples", "tokens", "sample_layers", "token_layers", "longest")
 
 
@@ -45,13 +50,13 @@ class StreamBudget:
             raise ValueError(f"StreamBudget: expected burst to be at least 0, got {burst}")
         self.burst = float(burst)
         self._lock = threading.RLock()
-        self._counts: list[Any] = [0] * len(_COUNTS)
+        self._counts = torch.zeros(len(_COUNTS), dtype=torch.int64)
 
     @property
     def state(self) -> dict[str, int]:
         """What was seen and run so far: samples, tokens, sample_layers, token_layers, longest (tokens)."""
         with self._lock:
-            return {name: int(count) for name, count in zip(_COUNTS, self._counts, strict=True)}
+            return dict(zip(_COUNTS, self._numbers(), strict=True))
 
     @state.setter
     def state(self, state: dict[str, int]) -> None:
@@ -60,11 +65,12 @@ class StreamBudget:
             raise ValueError(
                 f"StreamBudget: expected state to map {', '.join(_COUNTS)} to integers from 0, got {state!r}"
             )
+        values = [state[name] for name in _COUNTS]
         with self._lock:
-            if isinstance(self._counts, Tensor):  # a graph holds its address
-                self._counts.copy_(torch.tensor([state[name] for name in _COUNTS]))
+            if self._counts.is_cpu:
+                _write(self._counts, values)
             else:
-                self._counts = [state[name] for name in _COUNTS]
+                self._counts.copy_(torch.tensor(values))  # a graph holds its address
 
     def reset(self) -> None:
         """Forget the stream: the bucket is full again."""
@@ -77,7 +83,9 @@ class StreamBudget:
         """
         room = self.burst * num_layers
         with self._lock:
-            return self._left(num_layers)[0] / room if room else 0.0
+            counts = self._counts
+            counts = _read(counts) if counts.is_cpu else counts
+            return self._left(counts, num_layers)[0] / room if room else 0.0
 
     def arrive(self, cu_seqlens: Tensor) -> None:
         """Count a batch in, before anything is spent on it.
@@ -86,27 +94,25 @@ class StreamBudget:
             cu_seqlens: int32 ``(B + 1,)``.
         """
         with self._lock:
-            counts = self._beside(cu_seqlens)
-            if cu_seqlens.is_cpu:
-                ends = cu_seqlens.tolist()
-                lengths = [end - begin for begin, end in zip(ends[:-1], ends[1:], strict=True) if end > begin]
-                counts[0] += len(lengths)
-                counts[1] += sum(lengths)
-                counts[4] = max(counts[4], *lengths) if lengths else counts[4]
+            counts = self.counts_beside(cu_seqlens)
+            if counts.is_cpu:
+                _arrive(counts, cu_seqlens)
             else:
                 lengths = cu_seqlens.diff()
                 counts[:2] += torch.stack(((lengths > 0).sum(), lengths.sum()))
                 counts[4] = torch.maximum(counts[4], lengths.max())
 
-    def take(self, priority: Tensor, wanted: Tensor, lengths: Tensor, steps: int, num_layers: int) -> Tensor:
+    def take(
+        self, priority: Tensor, wanted: Tensor, cu_seqlens: Tensor, steps: int, num_layers: int
+    ) -> Tensor:
         """Let samples run ``steps`` layers more, and count it.
 
         They are taken in order of falling priority for as long as the contract holds.
 
         Args:
-            priority: float ``(B,)``.
+            priority: float32 ``(B,)``.
             wanted: bool ``(B,)``, samples that ask.
-            lengths: integer ``(B,)``, tokens.
+            cu_seqlens: int32 ``(B + 1,)``.
             steps: layers.
             num_layers: ``L``.
 
@@ -114,18 +120,14 @@ class StreamBudget:
             bool ``(B,)``.
         """
         with self._lock:
-            counts = self._beside(priority)
-            samples, tokens = self._left(num_layers)
-            if priority.is_cpu and len(priority) == 1:  # nobody to share with, no time to lose
-                cost = steps * int(lengths)
-                taken = bool(wanted) and steps <= samples and cost <= tokens
-                counts[2] += steps * taken
-                counts[3] += cost * taken
-                return wanted & taken
+            counts = self.counts_beside(priority)
+            if counts.is_cpu:
+                return _take(counts, priority, wanted, cu_seqlens, steps, num_layers, self.share, self.burst)
+            lengths = cu_seqlens.diff()
             costs = wanted * steps
-            taken = admit(priority.masked_fill(~wanted, -torch.inf), costs, costs * lengths, samples, tokens)
-            taken &= wanted
-            self._count(taken.sum() * steps, (taken * lengths).sum() * steps)
+            room = self._left(counts, num_layers)
+            taken = admit(priority.masked_fill(~wanted, -torch.inf), costs, costs * lengths, *room) & wanted
+            counts[2:4] += torch.stack((taken.sum() * steps, (taken * lengths).sum() * steps))
             return taken
 
     def record(self, plan: Tensor, cu_seqlens: Tensor) -> None:
@@ -136,29 +138,29 @@ class StreamBudget:
             cu_seqlens: int32 ``(B + 1,)``.
         """
         with self._lock:
+            counts = self.counts_beside(plan)
             self.arrive(cu_seqlens)
             layers = plan.sum(1)
-            self._count(layers.sum(), (layers * cu_seqlens.diff()).sum())
+            run = layers.sum(), (layers * cu_seqlens.diff()).sum()
+            if counts.is_cpu:
+                _add(counts, [0, 0, *map(int, run), 0])
+            else:
+                counts[2:4] += torch.stack(run)
 
-    def _count(self, sample_layers: Tensor, token_layers: Tensor) -> None:
-        counts = self._beside(sample_layers)
-        if sample_layers.is_cpu:
-            counts[2] += int(sample_layers)
-            counts[3] += int(token_layers)
-        else:
-            counts[2:4] += torch.stack((sample_layers, token_layers))
-
-    def _beside(self, tensor: Tensor) -> Any:
-        """The counts where ``tensor`` is: numbers on the CPU, a tensor elsewhere."""
-        at = None if tensor.is_cpu else tensor.device
-        if at != getattr(self._counts, "device", None):
-            numbers = [int(count) for count in self._counts]
-            self._counts = numbers if at is None else torch.tensor(numbers, device=at)
+    def counts_beside(self, tensor: Tensor) -> Tensor:
+        """The counts, int64 ``(5,)``, moved to where ``tensor`` is."""
+        if tensor.device != self._counts.device:
+            with self._lock:
+                self._counts = torch.tensor(self._numbers(), device=tensor.device)
         return self._counts
 
-    def _left(self, num_layers: int) -> tuple[Any, Any]:
+    def _numbers(self) -> list[int]:
+        counts = self._counts
+        return _read(counts) if counts.is_cpu else counts.tolist()
+
+    def _left(self, counts: Any, num_layers: int) -> tuple[Any, Any]:
         """Sample-layers and token-layers that may be run now."""
-        samples, tokens, sample_layers, token_layers, longest = self._counts
+        samples, tokens, sample_layers, token_layers, longest = counts
         share, room = self.share * num_layers, self.burst * num_layers
         # The small term undoes rounding, as in whole_layers.
         return (

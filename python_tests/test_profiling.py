@@ -35,7 +35,7 @@ def test_parts_sum_to_the_forward(model):
     # Everything a forward of this kind does was seen, under its own name.
     for group in profiling.GROUPS:
         assert own.group(group) > 0, group
-    assert next(part for part in own.parts if part.name == "policy's plan").seconds > 0
+    assert next(part for part in own.parts if part.name == "policy, in Python").seconds > 0
     assert model.dynplan.policy is policy and not model.embeddings._forward_hooks
     assert torch.ops.dynplan._encoder_phases(False) == [0.0] * len(profiling.PHASES), "still recording"
 
@@ -70,6 +70,16 @@ def test_command(monkeypatch, tmp_path):
         profiling, "bench_profile", lambda model, **options: seen.update(options, model=model)
     )
     picture = tmp_path / "p.png"
-    arguments = ["bench", "--profile", "--length", "64", "--share", "0.5", "--picture", str(picture)]
+    arguments = [
+        "bench",
+        "--profile",
+        "--length",
+        "64",
+        "--share",
+        "0.5",
+        "--picture",
+        str(picture),
+        "--exits",
+    ]
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    assert seen == {"model": None, "length": 64, "share": 0.5, "picture": picture}
+    assert seen == {"model": None, "length": 64, "share": 0.5, "picture": picture, "exits": True}

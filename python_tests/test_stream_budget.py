@@ -31,7 +31,7 @@ def spend(budget, lengths, priority, steps, wanted=None):
     lengths = torch.tensor(lengths)
     budget.arrive(offsets(lengths.tolist()))
     wanted = lengths > 0 if wanted is None else wanted
-    taken = budget.take(priority, wanted, lengths, steps, LAYERS)
+    taken = budget.take(priority, wanted, offsets(lengths.tolist()), steps, LAYERS)
     assert not (taken & ~wanted).any()
     return taken
 

@@ -30,13 +30,16 @@ def command(
         int, typer.Option(min=2, max=512, help="--profile: tokens of the longest sample.")
     ] = 32,
     share: Annotated[float, typer.Option(min=0, max=1, help="--profile: share of the layers kept.")] = 1.0,
+    exits: Annotated[
+        bool, typer.Option("--exits", help="--profile: with answers asked on the way, twice.")
+    ] = False,
     picture: Annotated[Path, typer.Option(help="--profile: PNG to write.")] = Path("dynplan-profile.png"),
 ) -> None:
     """Time ops and whole models beside their rivals; every result is checked before it is timed."""
     if profile:
         from dynplan.profiling import bench_profile
 
-        bench_profile(model, length=length, share=share, picture=picture)
+        bench_profile(model, length=length, share=share, picture=picture, exits=exits)
         return
     folder = folder or find_bench()
     if folder is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dynplan.budget import admit, sample_cap, token_cap, whole_layers
 from dynplan.nn.exits import Exits
 from dynplan.nn.planner import planner_from_config
+from dynplan.ops.encode_until_sure import Rungs
 from dynplan.policies.base import BudgetPolicy, PlanRequest
 
 _SWAY = 0.5  # how far the stream's level moves the budget that the threshold is taken at, as a share of it
@@ -88,12 +89,34 @@ class ConfidenceExit(BudgetPolicy):
         """
         return self.planner.sureness(index, answers, pooled)
 
+    def rungs(self, request: PlanRequest) -> Rungs | None:
+        """The same decisions for :func:`~dynplan.ops.encode_until_sure`, on the CPU; None: it does not know
+        them."""
+        sureness, planner = _KNOWN.get(type(self)), self.planner
+        if sureness is None:
+            return None
+        chain = self._chain(request)
+        indices = [planner.depths.index(depth) for depth in chain if depth < request.num_layers]
+        measures, temperatures = [], []
+        if sureness == "confidence" and planner.regression:
+            sureness = "error"
+            parts = [part for i in indices for part in (planner.errors[i][0], planner.errors[i][2])]
+            measures = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        elif sureness == "confidence":
+            every = planner.temperatures.tolist()
+            temperatures = [every[i] for i in indices]
+        elif sureness == "learned":
+            parts = [planner.certainty[i] for i in indices]
+            measures = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        exits = [tensor for i in indices for tensor in (planner.heads[i].weight, planner.heads[i].bias)]
+        row = self.thresholds[self.chains.index(chain)] if chain in self.chains else (float("inf"),)
+        stream, budget = request.stream, self.budget_of(request)
+        decision = (chain, exits, sureness, measures, temperatures, row, budget)
+        if stream is None:
+            return Rungs(*decision)
+        return Rungs(*decision, stream.counts_beside(planner.temperatures), stream.burst, _SWAY)
+
     def asks(self, request: PlanRequest) -> tuple[int, ...]:
-        if request.num_layers != self.planner.num_layers:
-            raise ValueError(
-                f"{type(self).__name__}: expected a model of {self.planner.num_layers} layers, as the exits "
-                f"are for, got {request.num_layers}"
-            )
         chain = self._chain(request)
         return (0, *(depth for depth in chain if depth < request.num_layers))
 
@@ -150,6 +173,11 @@ class ConfidenceExit(BudgetPolicy):
 
     def _chain(self, request: PlanRequest) -> tuple[int, ...]:
         """The depths at which samples of this batch may leave."""
+        if request.num_layers != self.planner.num_layers:
+            raise ValueError(
+                f"{type(self).__name__}: expected a model of {self.planner.num_layers} layers, as the exits "
+                f"are for, got {request.num_layers}"
+            )
         budget = self.budget_of(request)
         chain = self.chains[self.choice[int(budget * (len(self.choice) - 1) + 1e-6)]]
         if request.stream is None:
@@ -185,7 +213,9 @@ class ConfidenceExit(BudgetPolicy):
         """Who of those that want it runs ``steps`` layers more, within the contract."""
         if request.stream is not None:
             priority = torch.zeros_like(lengths, dtype=torch.float32) if priority is None else priority
-            return request.stream.take(priority, wanted, lengths, steps, request.num_layers)
+            return request.stream.take(
+                priority.float(), wanted, request.cu_seqlens, steps, request.num_layers
+            )
         if priority is None:
             return wanted if steps else torch.zeros_like(wanted)
         budget, layers = self.budget_of(request), request.num_layers
@@ -233,3 +263,12 @@ class LearnedExit(ConfidenceExit):
 
     def sureness(self, index: int, answers: Tensor, pooled: Tensor, request: PlanRequest) -> Tensor:
         return self.planner.certainty[index](pooled).squeeze(1)
+
+
+# Those whose decisions encode_until_sure knows: these very classes.
+_KNOWN = {
+    ConfidenceExit: "confidence",
+    EntropyExit: "entropy",
+    PatienceExit: "patience",
+    LearnedExit: "learned",
+}

@@ -21,9 +21,10 @@ enum class Phase {
   up,     // with the activation
   down,   // with the residual
   norm2,  // with the scatter of its rows
-  restore
+  restore,
+  answers  // of encode_until_sure: exits, the model's own head, who goes on
 };
-constexpr int kPhases = 13;
+constexpr int kPhases = 14;
 
 // Summed over all threads and layers.
 struct PhaseTimes {

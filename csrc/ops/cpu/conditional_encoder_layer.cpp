@@ -76,13 +76,14 @@ PackedStack read_packed(const char* op, at::TensorList packed_weights, int64_t w
   return stack;
 }
 
-void run_encoder(kernels::ConditionalEncoderParams p, const PackedStack& weights, int64_t most) {
+void run_encoder(kernels::ConditionalEncoderParams p, const PackedStack& weights, int64_t most,
+                 int64_t first) {
   const int64_t intermediate = weights.shape.intermediate_size;
   const bool int8 = weights.shape.type == kernels::WeightType::int8;
   const int64_t floats = int8 ? kernels::reduced_workspace_floats(most, p.hidden_size, intermediate)
                               : kernels::encoder_workspace_floats(most, p.hidden_size, intermediate);
   const at::Tensor workspace = at::empty({floats}, at::TensorOptions().dtype(at::kFloat));
-  p.packed = weights.blobs.data();
+  p.packed = weights.blobs.data() + first;
   p.intermediate_size = intermediate;
   p.workers = at::get_num_threads();
   p.workspace = workspace.mutable_data_ptr<float>();

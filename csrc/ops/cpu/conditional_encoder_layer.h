@@ -22,8 +22,9 @@ struct PackedStack {
 // Checks what the blobs hold; that they are bytes on the CPU is checked already.
 PackedStack read_packed(const char* op, at::TensorList packed_weights, int64_t width);
 
-// Runs the kernels for such weights. Adds to `p` what is the same for every call: weights, threads, workspace
-// for at most `most` active rows in any layer, record of phases.
-void run_encoder(kernels::ConditionalEncoderParams p, const PackedStack& weights, int64_t most);
+// Runs the kernels for such weights, from those of layer `first` on. Adds to `p` what is the same for every
+// call: weights, threads, workspace for at most `most` active rows in any layer, record of phases.
+void run_encoder(kernels::ConditionalEncoderParams p, const PackedStack& weights, int64_t most,
+                 int64_t first = 0);
 
 }  // namespace dynplan

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dynplan.integrations.huggingface.arguments import longest
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.integrations.huggingface.families import Family
+from dynplan.integrations.huggingface.head import Head
+from dynplan.nn.exits import Exits
 from dynplan.plans import Gates
 from dynplan.policies import PlanRequest, Policy, check_budget
 from dynplan.stream_budget import StreamBudget
@@ -53,6 +55,7 @@ class Controller:
         self._weights = weights
         self._budget: float | StreamBudget | None = None
         self._state: EncoderState | None = None
+        self._head: Head | None = None
         self._latest = _Forward(None, None)
         self._local = threading.local()
         self._told: set[str] = set()
@@ -216,6 +219,13 @@ class Controller:
             state = self._state = EncoderState(self._model, self._family, self._weights)
         return state
 
+    def head(self, exits: Exits) -> Head:
+        """The model's own head as it is beside ``exits``, read again where anything has changed."""
+        head = self._head
+        if head is None or not head.holds(exits):
+            head = self._head = Head(self._whole, self._model, exits, self.answer)
+        return head
+
     def note(self, plan: Tensor | tuple[int, int], why_not_fused: str | None = None) -> None:
         """Sets :attr:`last_plan` and :attr:`why_not_fused`; where every layer was kept, the plan's shape will
         do."""
@@ -246,7 +256,7 @@ class Controller:
         Needed after a write through ``parameter.data`` that touched a few elements only, and on CUDA after
         any write past PyTorch's version counters with no backward before it.
         """
-        self._state = None
+        self._state = self._head = None
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_model", "_family", "_policy", "_weights", "_whole", "_budget")

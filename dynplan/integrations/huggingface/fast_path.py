@@ -13,9 +13,10 @@ from torch import Tensor
 from dynplan.integrations.huggingface.controller import Controller
 from dynplan.integrations.huggingface.encoder_state import EncoderState
 from dynplan.ops.encode_tokens import encode_tokens
+from dynplan.ops.encode_until_sure import Rungs, encode_until_sure
 from dynplan.ops.planned_encoder import offsets_of
 from dynplan.plans import plan_upfront
-from dynplan.policies import KeepAll, PlanRequest
+from dynplan.policies import ConfidenceExit, KeepAll, PlanRequest
 from dynplan.stream_budget import StreamBudget
 
 
@@ -39,10 +40,11 @@ def run_fast(
         None where the way op by op has to be taken, or to explain an error.
     """
     policy, budget = controller.policy, controller.budget
+    exits = policy.reads_answers
     if (
-        policy.reads_hidden
-        or isinstance(budget, StreamBudget)
-        or policy.stepwise
+        (policy.reads_hidden and not exits)
+        or (isinstance(budget, StreamBudget) and not exits)
+        or (policy.stepwise and not exits)
         or type(input_ids) is not Tensor
         or not input_ids.is_cpu
         or input_ids.dim() != 2
@@ -51,15 +53,16 @@ def run_fast(
         or (attention_mask is not None and not _is_mask(attention_mask, input_ids))
     ):
         return None
+    inputs = (input_ids, attention_mask, token_type_ids)
+    if exits:
+        return _run_exits(state, controller, inputs, reads_first)
     keep = None
     if type(policy) is not KeepAll or budget is not None:
         keep = plan_upfront(policy, _RequestAhead(state, budget, input_ids, attention_mask))
     reading = state.reading
     try:
         hidden = encode_tokens(
-            input_ids,
-            attention_mask,
-            token_type_ids,
+            *inputs,
             *state.embeddings,
             keep,
             state.packed(),
@@ -73,21 +76,53 @@ def run_fast(
     return hidden, (input_ids.shape[0], len(state.layers)) if keep is None else keep
 
 
+def _run_exits(
+    state: EncoderState,
+    controller: Controller,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    reads_first: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """As :func:`run_fast`, where samples leave at exits."""
+    policy, reading = controller.policy, state.reading
+    if not isinstance(policy, ConfidenceExit) or torch.is_grad_enabled():
+        return None
+    rungs = rungs_of(policy, _RequestAhead(state, controller.budget, *inputs[:2]))
+    if rungs is None or (head := controller.head(policy.planner)).tensors is None:
+        return None
+    options = (reading.num_heads, reading.activation, reading.eps, reads_first)
+    try:
+        return encode_until_sure(
+            *inputs, *state.embeddings, state.packed(), *options, rungs, head.tensors, head.activation
+        )
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def rungs_of(policy: ConfidenceExit, request: PlanRequest) -> Rungs | None:
+    """What the policy would decide, for native code."""
+    return policy.rungs(request)
+
+
 class _RequestAhead(PlanRequest):
     """A request before anything is embedded: without hidden states, and with offsets for those who ask."""
 
     __slots__ = ()
 
     def __init__(
-        self, state: EncoderState, budget: float | None, input_ids: Tensor, attention_mask: Tensor | None
+        self,
+        state: EncoderState,
+        budget: float | StreamBudget | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
     ) -> None:
+        stream = budget if isinstance(budget, StreamBudget) else None
         self.batch_size = input_ids.shape[0]
         self.num_layers = len(state.layers)
         self.hidden = _NOTHING
-        self.budget = budget
+        self.budget = budget if stream is None else stream.share
         self.input_ids = input_ids
         self.attention_mask = attention_mask
-        self.stream = self.answer = None
+        self.stream, self.answer = stream, None
         self.memory = {}
 
     @property
