@@ -38,7 +38,7 @@
 #include <optional>
 #include <string_view>
 
-#include "kernels/region_cross_entropy.h"
+#include "kernels/region_cross_entropy/params.h"
 
 namespace dynplan {
 

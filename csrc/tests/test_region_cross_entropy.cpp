@@ -3,7 +3,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy/cpu.h"
 #include "tests/check.h"
 #include "tests/region_cross_entropy_naive.h"
 #include "tests/threads.h"

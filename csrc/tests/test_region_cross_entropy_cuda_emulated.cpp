@@ -2,7 +2,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/region_cross_entropy_launch.cuh"
+#include "kernels/region_cross_entropy/cuda/launch.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 #include "tests/region_cross_entropy_naive.h"

@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/region_cross_entropy_launch.cuh"
+#include "kernels/region_cross_entropy/cuda/launch.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 

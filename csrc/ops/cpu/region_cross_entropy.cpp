@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy/cpu.h"
 #include "ops/cpu/kept_memory.h"
 #include "ops/cpu/parallel.h"
 #include "ops/region_cross_entropy_backend.h"
