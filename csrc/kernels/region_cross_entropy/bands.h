@@ -1,4 +1,4 @@
-// merge = logits on images, stride 1, windows as wide as high. A unit of work is a band of rows, marched
+// Merged logits of images, stride 1, windows as wide as high. A unit of work is a band of rows, marched
 // through from left to right in blocks of columns: merge the anchors of a block, a few classes at a time and
 // vector by vector from the top of the band to its bottom; turn what is merged into losses and gradients g_q;
 // gather g over the windows of a block kLag columns further back. What is made of merged vectors is the
@@ -16,10 +16,11 @@ namespace dynplan::kernels::DYNPLAN_ISA {
 // smallest windows cost less by taps.
 template <class T>
 bool takes_bands(const RegionCrossEntropyParams& p) {
-  const bool dense = p.input_stride[4] == 1 && (p.logit == RegionLogit::f32 || p.logit == RegionLogit::f64);
-  bool square = is_stepless_image(p) && p.radius[0] == p.radius[2] && p.radius[2] != 1;
+  const bool dense = p.input_stride[4] == 1 && (p.logit == RegionDtype::f32 || p.logit == RegionDtype::f64);
+  bool square = is_stepless_image(p) && p.radius[0] == p.radius[2] && p.radius[2] != 1 &&
+                p.merge == RegionMerge::logits;
   for (int i = 0; square && i <= p.radius[2]; ++i) square = p.axis_weight[0][i] == p.axis_weight[2][i];
-  return dense && square && p.low[0] == 0;
+  return dense && square && p.input_size[0] == 0;
 }
 
 template <class T, class Stage>
@@ -31,8 +32,8 @@ class Band {
   // Bands whose anchors, and what is asked for ahead, leave room in the second-level cache for what is read
   // and written; with or without a gradient alike, so that a loss has the same bits.
   static Tiling tiling(const RegionCrossEntropyParams& p) {
-    // Of a second-level cache of 1 MiB or more.
-    constexpr int64_t kBytes = (kBlock > 32 ? 640 : 512) * 1024;
+    // Of a second-level cache of 512 KiB or more.
+    constexpr int64_t kBytes = (kBlock > 32 ? 320 : 256) * 1024;
     const int64_t bytes = 2 * kWidth * p.classes * static_cast<int64_t>(sizeof(T));
     const int64_t rows = kBytes / larger(1, bytes) - 3 * p.radius[0];
     return Tiling(p.batch, p.size, p.size[2], larger(32, smaller(rows, Tiling::march(p))), 1);
@@ -58,7 +59,7 @@ class Band {
     n_ = tiling.box(unit, box_);
     next_unit_ = -1;
     reset();
-    if (!asked_for) logits_ahead(n_, box_, 0).rest();
+    if (!asked_for) logits_ahead(n_, box_, 0).prefetch_all();
     PowerSum total;
     for (int64_t x = 0; x - (kGradient ? kLag : 0) < p_.size[2]; x += kBlock) {
       if (next_unit_ < 0 && !goes_on(x)) {
@@ -159,7 +160,7 @@ class Band {
         direct_.ahead(p_, box_, n_, box_.begin[0], box_.end[0], 0, x - kLag, x - kLag + kBlock)};
     for (int64_t row = first_; row < last_; row += kRegionStrip)
       for (int64_t w = x; w < end; w += S::lanes) tile(row, w, x, ahead);
-    ahead.rest();
+    ahead.prefetch_all();
   }
 
   // Of columns [begin, end).

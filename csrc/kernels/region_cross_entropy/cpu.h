@@ -1,5 +1,4 @@
-// The CPU kernels of region_cross_entropy, compiled once per instruction set
-// (isa/region_cross_entropy_*.cpp).
+// The CPU kernels of region_cross_entropy, compiled once per instruction set (isa/*.cpp).
 #pragma once
 
 #include "kernels/region_cross_entropy/params.h"
@@ -13,30 +12,16 @@ struct RegionCrossEntropyKernels {
   RegionBadLabel (*forward)(const RegionCrossEntropyParams&, const RegionCrossEntropyState&, Parallel);
   void (*backward)(const RegionCrossEntropyParams&, const RegionCrossEntropyState&,
                    const RegionCrossEntropyGrad&, Parallel);
-  // Both at once, the gradient being that of the value up to a factor, which is returned. Grad says where the
-  // gradient goes, and no more. Reads the logits once where loss_and_gradient.h can.
-  double (*once)(const RegionCrossEntropyParams&, const RegionCrossEntropyState&,
-                 const RegionCrossEntropyGrad&, RegionBadLabel&, Parallel);
+  // Both at once, for a gradient of 1 of the value. Grad says where the gradient goes, and no more; what it
+  // has yet to be multiplied by is returned. Reads the logits once where loss_and_gradient.h can.
+  double (*loss_and_gradient)(const RegionCrossEntropyParams&, const RegionCrossEntropyState&,
+                              const RegionCrossEntropyGrad&, RegionBadLabel&, Parallel);
 };
 
-namespace baseline {
-extern const RegionCrossEntropyKernels region_cross_entropy;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RegionCrossEntropyKernels region_cross_entropy;
-}
-namespace avx512 {
-extern const RegionCrossEntropyKernels region_cross_entropy;
-}
-#endif
+DYNPLAN_PER_ISA(extern const RegionCrossEntropyKernels region_cross_entropy)
 
 inline const RegionCrossEntropyKernels& region_cross_entropy_kernels(CpuIsa isa) {
-#if defined(__x86_64__)
-  if (isa == CpuIsa::avx512) return avx512::region_cross_entropy;
-  if (isa == CpuIsa::avx2) return avx2::region_cross_entropy;
-#endif
-  return baseline::region_cross_entropy;
+  DYNPLAN_ON_ISA(isa, region_cross_entropy);
 }
 
 }  // namespace dynplan::kernels

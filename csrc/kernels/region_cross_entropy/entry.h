@@ -1,5 +1,5 @@
-// The entry points of one instruction set: choose accumulation type and merge, cut the work, combine the
-// sums. Included by isa/region_cross_entropy_*.cpp alone.
+// The entry points of one instruction set: choose precision and method, cut the work, combine the sums.
+// Included by isa/*.cpp alone.
 #pragma once
 
 #include <atomic>
@@ -8,19 +8,6 @@
 #include "kernels/region_cross_entropy/method.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
-
-// run(kernel, unit, upcoming) for all units. upcoming() is the unit that would be taken now. Each thread
-// takes the next that nobody has taken, so that a thread that other work slows down takes fewer. (A range of
-// `parallel` stands for a thread; which one it is is ignored.)
-template <class Make, class Run>
-void for_units(int64_t units, Parallel parallel, Make make, Run run) {
-  std::atomic<int64_t> next = 0;
-  parallel(units, 1, [&](int64_t, int64_t) {
-    int64_t unit = next++;
-    if (unit >= units) return;
-    for (auto kernel = make(); unit < units; unit = next++) run(*kernel, unit, [&] { return next.load(); });
-  });
-}
 
 // What units leave beside tensors, combined in their order.
 class UnitResults {
@@ -53,171 +40,173 @@ class UnitResults {
   std::unique_ptr<RegionBadLabel[]> bad_;
 };
 
+// A gradient at the logits' resolution, folded into boxes of low-resolution pixels.
 template <class T, class Kernel>
-Tiling tiling_of(const RegionCrossEntropyParams& p) {
-  return Tiling(p.batch, p.size, Tiling::columns(Kernel::bytes_per_column(p)), Tiling::march(p),
-                Pool<T>::strip(p));
-}
+class Folding {
+ public:
+  Folding(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+          const RegionCrossEntropyGrad& grad)
+      : kernel_(p, state, grad), folded_(p, grad) {}
 
-template <class T, class Kernel>
-RegionBadLabel run_forward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                           Parallel parallel) {
-  const Tiling tiling = tiling_of<T, Kernel>(p);
-  UnitResults results(tiling.units());
-  for_units(
-      tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state); },
-      [&](Kernel& kernel, int64_t unit, const auto&) {
-        Box box;
-        const int64_t n = tiling.box(unit, box);
-        const PowerSum sum = kernel.run(n, box);
-        results.set(unit, sum, kernel.bad());
+  void run(int64_t n, const Box& box) {
+    folded_.begin(n, box);
+    // Pixels may be too few for any to take its value from this box, or there may be none.
+    if (const Box full = folded_.support(box); full.extent(0) > 0 && full.extent(2) > 0)
+      kernel_.run(n, full, DirectRows<T>(), [&](int64_t d, int64_t, const T* row, int64_t class_stride) {
+        folded_.add(d, row, class_stride);
       });
-  RegionBadLabel bad;
-  results.finish<T>(p, state, bad);
-  return bad;
-}
+    folded_.finish();
+  }
+  const RegionBadLabel& bad() const { return kernel_.bad(); }
 
-// The gradient at the logits' resolution: `done(kernel, unit)` after each box.
-template <class T, class Kernel, class Done>
-void run_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                  const RegionCrossEntropyGrad& grad, Parallel parallel, Done done) {
-  const Tiling tiling = tiling_of<T, Kernel>(p);
-  for_units(
-      tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state, grad); },
-      [&](Kernel& kernel, int64_t unit, const auto&) {
-        Box box;
-        const int64_t n = tiling.box(unit, box);
-        kernel.run(
-            n, box, DirectRows<T>(p, grad), [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
-              store_gradient(p, grad, n, d, h, 0, p.classes, box.begin[2], box.end[2], row, class_stride);
-            });
-        done(kernel, unit);
-      });
-}
+ private:
+  Kernel kernel_;
+  UpsampledGradient<T> folded_;
+};
 
-template <class T, class Kernel>
-void run_backward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                  const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  if (p.low[0] == 0) return run_gradient<T, Kernel>(p, state, grad, parallel, [](Kernel&, int64_t) {});
-  // Units are boxes of low-resolution pixels: each is written by one unit, in a fixed order.
-  const int64_t low[3] = {p.low[0], 1, p.low[1]};
-  const auto shrunk = [](int64_t full_length, int64_t low_size, int64_t full_size) {
-    return larger(1, full_length * low_size / larger(1, full_size));
-  };
-  const int64_t columns = Tiling::columns(Kernel::bytes_per_column(p));
-  const Tiling tiling(p.batch, low, shrunk(columns, p.low[1], p.size[2]),
-                      shrunk(Tiling::march(p), p.low[0], p.size[0]), 1);
-  struct Folding {
-    Kernel kernel;
-    UpsampledGradient<T> folded;
-    Folding(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-            const RegionCrossEntropyGrad& grad)
-        : kernel(p, state, grad), folded(p, grad) {}
-  };
-  for_units(
-      tiling.units(), parallel, [&] { return std::make_unique<Folding>(p, state, grad); },
-      [&](Folding& to, int64_t unit, const auto&) {
-        Box box;
-        const int64_t n = tiling.box(unit, box);
-        to.folded.begin(n, box);
-        // Pixels may be too few for any to take its value from this box, or there may be none.
-        if (const Box full = to.folded.support(box); full.extent(0) > 0 && full.extent(2) > 0)
-          to.kernel.run(n, full, DirectRows<T>(),
-                        [&](int64_t d, int64_t, const T* row, int64_t class_stride) {
-                          to.folded.add(d, row, class_stride);
-                        });
-        to.folded.finish();
-      });
-}
-
-// By bands of rows, where bands.h can.
-template <class T, class Stage>
-UnitResults run_bands(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                      const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  using Kernel = Band<T, Stage>;
-  const Tiling tiling = Kernel::tiling(p);
-  UnitResults results(tiling.units());
-  for_units(
-      tiling.units(), parallel, [&] { return std::make_unique<Kernel>(p, state, grad); },
-      [&](Kernel& kernel, int64_t unit, const auto& upcoming) {
-        const PowerSum sum = kernel.run(tiling, unit, upcoming);
-        results.set(unit, sum, kernel.bad());
-      });
-  return results;
-}
-
+// One call, in marching order.
 template <class T>
-RegionBadLabel forward_by(Method method, const RegionCrossEntropyParams& p,
-                          const RegionCrossEntropyState& state, Parallel parallel) {
-  if (method == Method::probs) return run_forward<T, RegionProbsForward<T>>(p, state, parallel);
-  if (method == Method::bands) {
+struct Call {
+  const RegionCrossEntropyParams& p;
+  const RegionCrossEntropyState& state;
+  const RegionCrossEntropyGrad& grad;
+  Parallel parallel;
+  Method method = method_of<T>(p);
+
+  RegionBadLabel forward() const {
     RegionBadLabel bad;
-    run_bands<T, ForwardAnchors<T>>(p, state, {}, parallel).template finish<T>(p, state, bad);
+    if (method == Method::rolling) {
+      by_bands<ForwardAnchors<T>>().template finish<T>(p, state, bad);
+      return bad;
+    }
+    with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
+      const Tiling tiling = boxes<Windows>();
+      for_units<RegionForward<T, Windows, Values>>(tiling, [&](auto& kernel, int64_t unit, const auto&) {
+        Box box;
+        const int64_t n = tiling.box(unit, box);
+        return kernel.run(n, box);
+      }).template finish<T>(p, state, bad);
+    });
     return bad;
   }
-  return with_windows<T>(method, [&]<class Windows>(std::type_identity<Windows>) {
-    return run_forward<T, RegionForward<T, Windows>>(p, state, parallel);
-  });
-}
 
-template <class T>
-void backward_by(Method method, const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-                 const RegionCrossEntropyGrad& grad, Parallel parallel) {
-  if (method == Method::probs) return run_backward<T, RegionProbsBackward<T>>(p, state, grad, parallel);
-  if (method == Method::bands) {
-    run_bands<T, BackwardAnchors<T>>(p, state, grad, parallel);
-    return;
+  void backward() const {
+    if (method == Method::rolling) {
+      by_bands<BackwardAnchors<T>>();
+      return;
+    }
+    with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
+      using Kernel = RegionGradient<T, typename Values::Gradient, Windows, Values>;
+      if (p.input_size[0] > 0)
+        fold<Windows, Kernel>();
+      else
+        gradient<Windows, Kernel>();
+    });
   }
-  with_windows<T>(method, [&]<class Windows>(std::type_identity<Windows>) {
-    run_backward<T, RegionBackward<T, Windows>>(p, state, grad, parallel);
-  });
-}
 
-template <class T>
-UnitResults loss_and_gradient(Method method, const RegionCrossEntropyParams& p,
-                              const RegionCrossEntropyState& state, const RegionCrossEntropyGrad& grad,
-                              Parallel parallel) {
-  if (method == Method::bands) return run_bands<T, OnceAnchors<T>>(p, state, grad, parallel);
-  return with_windows<T>(method, [&]<class Windows>(std::type_identity<Windows>) {
-    using Kernel = RegionOnce<T, Windows>;
-    UnitResults results(tiling_of<T, Kernel>(p).units());
-    run_gradient<T, Kernel>(p, state, grad, parallel, [&](Kernel& kernel, int64_t unit) {
-      results.set(unit, kernel.total(), kernel.bad());
+  // Returns what the gradient has yet to be multiplied by.
+  double loss_and_gradient(RegionBadLabel& bad) const {
+    const bool strided = p.stride[0] > 1 || p.stride[1] > 1 || p.stride[2] > 1;
+    if (p.merge == RegionMerge::probs || p.label_smoothing > 0 || strided || p.input_size[0] > 0) {
+      bad = forward();
+      backward();
+      return 1;
+    }
+    PowerSum total;
+    if (method == Method::rolling)
+      total = by_bands<OnceAnchors<T>>().template finish<T>(p, state, bad);
+    else
+      with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
+        if constexpr (!Values::Planes::kReadAgain) {
+          using Kernel = RegionGradient<T, OnceAnchors<T>, Windows, Values>;
+          total = gradient<Windows, Kernel>().template finish<T>(p, state, bad);
+        }
+      });
+    if (const double factor = once_factor(p, total); factor != 0) return factor;
+    backward();
+    return 1;
+  }
+
+ private:
+  // run(kernel, unit, upcoming) for all units. upcoming() is the unit that would be taken now. Each thread
+  // takes the next that nobody has taken, so that a thread that other work slows down takes fewer. (A range
+  // of `parallel` stands for a thread; which one it is is ignored.)
+  template <class Kernel, class Run>
+  UnitResults for_units(const Tiling& tiling, Run run) const {
+    const int64_t units = tiling.units();
+    UnitResults results(units);
+    std::atomic<int64_t> next = 0;
+    parallel(units, 1, [&](int64_t, int64_t) {
+      int64_t unit = next++;
+      if (unit >= units) return;
+      for (auto kernel = std::make_unique<Kernel>(p, state, grad); unit < units; unit = next++) {
+        const PowerSum sum = run(*kernel, unit, [&] { return next.load(); });
+        results.set(unit, sum, kernel->bad());
+      }
     });
     return results;
-  });
-}
-
-// loss_and_gradient.h where it applies, else forward and backward one after the other.
-template <class T>
-double once_by(Method method, const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
-               RegionCrossEntropyGrad grad, RegionBadLabel& bad, Parallel parallel) {
-  const T one = 1;
-  grad.grad_value = &one;
-  const bool strided = p.stride[0] > 1 || p.stride[1] > 1 || p.stride[2] > 1;
-  if (p.merge == RegionMerge::logits && p.label_smoothing == 0 && !strided && p.low[0] == 0) {
-    const PowerSum total =
-        loss_and_gradient<T>(method, p, state, grad, parallel).template finish<T>(p, state, bad);
-    if (const double factor = once_factor(p, total); factor != 0) return factor;
-  } else {
-    bad = forward_by<T>(method, p, state, parallel);
   }
-  backward_by<T>(method, p, state, grad, parallel);
-  return 1;
-}
 
-// Double precision is compiled for the baseline alone: it serves gradient checks, and its exponentials are
-// libm's.
-static RegionBadLabel forward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
-                              Parallel parallel) {
-  const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64) return forward_by<float>(method_of<float>(p), p, state, parallel);
-#if DYNPLAN_VECTOR_BYTES == 16
-  return forward_by<double>(method_of<double>(p), p, state, parallel);
-#else
-  return baseline::region_cross_entropy.forward(given, state, parallel);
-#endif
-}
+  template <class F>
+  void with_windows(F f) const {
+    if (p.merge == RegionMerge::probs)
+      f(std::type_identity<GeneralWindows<T>>(), std::type_identity<ProbabilityValues<T>>());
+    else if (method == Method::small)
+      f(std::type_identity<SmallWindows<T>>(), std::type_identity<LogitValues<T>>());
+    else
+      f(std::type_identity<GeneralWindows<T>>(), std::type_identity<LogitValues<T>>());
+  }
+
+  // Columns of a box whose rings fit in cache: as many for the forward as for the gradient, which needs more.
+  // Cut alike, in strips too, a loss has the same bits with its gradient and without.
+  template <class Windows>
+  int64_t columns() const {
+    return Tiling::columns(gradient_bytes_per_column<T>(p, Windows::strip(p)));
+  }
+  template <class Windows>
+  Tiling boxes() const {
+    return Tiling(p.batch, p.size, columns<Windows>(), Tiling::march(p), Windows::strip(p));
+  }
+
+  template <class Stage>
+  UnitResults by_bands() const {
+    const Tiling tiling = Band<T, Stage>::tiling(p);
+    return for_units<Band<T, Stage>>(tiling, [&](auto& kernel, int64_t unit, const auto& upcoming) {
+      return kernel.run(tiling, unit, upcoming);
+    });
+  }
+
+  template <class Windows, class Kernel>
+  UnitResults gradient() const {
+    const Tiling tiling = boxes<Windows>();
+    return for_units<Kernel>(tiling, [&](Kernel& kernel, int64_t unit, const auto&) {
+      Box box;
+      const int64_t n = tiling.box(unit, box);
+      kernel.run(
+          n, box, DirectRows<T>(p, grad), [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
+            store_gradient(p, grad, n, d, h, 0, p.classes, box.begin[2], box.end[2], row, class_stride);
+          });
+      return kernel.total();
+    });
+  }
+
+  // Units are boxes of low-resolution pixels: each is written by one unit, in a fixed order.
+  template <class Windows, class Kernel>
+  void fold() const {
+    const int64_t low[3] = {p.input_size[0], 1, p.input_size[1]};
+    const auto shrunk = [](int64_t full_length, int64_t low_size, int64_t full_size) {
+      return larger(1, full_length * low_size / larger(1, full_size));
+    };
+    const Tiling tiling(p.batch, low, shrunk(columns<Windows>(), low[2], p.size[2]),
+                        shrunk(Tiling::march(p), low[0], p.size[0]), 1);
+    for_units<Folding<T, Kernel>>(tiling, [&](auto& folding, int64_t unit, const auto&) {
+      Box box;
+      const int64_t n = tiling.box(unit, box);
+      folding.run(n, box);
+      return PowerSum();
+    });
+  }
+};
 
 // Marching order of the gradient's strides.
 static RegionCrossEntropyGrad marched(RegionCrossEntropyGrad grad, const RegionCrossEntropyParams& given) {
@@ -228,30 +217,46 @@ static RegionCrossEntropyGrad marched(RegionCrossEntropyGrad grad, const RegionC
   return grad;
 }
 
-static void backward(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
-                     const RegionCrossEntropyGrad& given_grad, Parallel parallel) {
-  const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64)
-    return backward_by<float>(method_of<float>(p), p, state, marched(given_grad, given), parallel);
-#if DYNPLAN_VECTOR_BYTES == 16
-  backward_by<double>(method_of<double>(p), p, state, marched(given_grad, given), parallel);
-#else
-  baseline::region_cross_entropy.backward(given, state, given_grad, parallel);
-#endif
+// Double precision is compiled for the baseline alone: it serves gradient checks, and its exponentials are
+// libm's.
+inline constexpr bool kDoubles = DYNPLAN_VECTOR_BYTES == 16;
+static bool goes_to_baseline(const RegionCrossEntropyParams& p) {
+  return !kDoubles && p.logit == RegionDtype::f64;
 }
 
-static double once(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
-                   const RegionCrossEntropyGrad& given_grad, RegionBadLabel& bad, Parallel parallel) {
+template <class F>
+auto with_call(const RegionCrossEntropyParams& given, const RegionCrossEntropyState& state,
+               const RegionCrossEntropyGrad& given_grad, Parallel parallel, F f) {
   const RegionCrossEntropyParams p = marched(given);
-  if (p.logit != RegionLogit::f64)
-    return once_by<float>(method_of<float>(p), p, state, marched(given_grad, given), bad, parallel);
-#if DYNPLAN_VECTOR_BYTES == 16
-  return once_by<double>(method_of<double>(p), p, state, marched(given_grad, given), bad, parallel);
-#else
-  return baseline::region_cross_entropy.once(given, state, given_grad, bad, parallel);
-#endif
+  const RegionCrossEntropyGrad grad = marched(given_grad, given);
+  if constexpr (kDoubles)
+    if (p.logit == RegionDtype::f64) return f(Call<double>{p, state, grad, parallel});
+  return f(Call<float>{p, state, grad, parallel});
 }
 
-const RegionCrossEntropyKernels region_cross_entropy = {&forward, &backward, &once};
+static RegionBadLabel forward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                              Parallel parallel) {
+  if (goes_to_baseline(p)) return baseline::region_cross_entropy.forward(p, state, parallel);
+  return with_call(p, state, {}, parallel, [](const auto& call) { return call.forward(); });
+}
+
+static void backward(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                     const RegionCrossEntropyGrad& grad, Parallel parallel) {
+  if (goes_to_baseline(p)) return baseline::region_cross_entropy.backward(p, state, grad, parallel);
+  with_call(p, state, grad, parallel, [](const auto& call) { call.backward(); });
+}
+
+static double loss_and_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyState& state,
+                                const RegionCrossEntropyGrad& given, RegionBadLabel& bad, Parallel parallel) {
+  if (goes_to_baseline(p))
+    return baseline::region_cross_entropy.loss_and_gradient(p, state, given, bad, parallel);
+  const float one = 1;
+  const double one_double = 1;
+  RegionCrossEntropyGrad grad = given;
+  grad.grad_value = p.logit == RegionDtype::f64 ? static_cast<const void*>(&one_double) : &one;
+  return with_call(p, state, grad, parallel, [&](const auto& call) { return call.loss_and_gradient(bad); });
+}
+
+const RegionCrossEntropyKernels region_cross_entropy = {&forward, &backward, &loss_and_gradient};
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

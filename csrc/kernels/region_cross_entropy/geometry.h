@@ -100,7 +100,7 @@ class Tiling {
   }
 
   // Room for rings that cost `bytes` per column.
-  static constexpr int64_t kScratchBytes = 640 * 1024;  // of a second-level cache of 1 MiB or more
+  static constexpr int64_t kScratchBytes = 320 * 1024;  // of a second-level cache of 512 KiB or more
   static int64_t columns(int64_t bytes) { return larger(64, kScratchBytes / larger(1, bytes)); }
 
   // Every restart recomputes about 2 r planes.
@@ -185,6 +185,12 @@ int64_t ring_margin(const RegionCrossEntropyParams& p) {
 
 inline bool is_image(const RegionCrossEntropyParams& p) {
   return p.size[0] == 1 && p.radius[0] == 0;
+}
+
+// In marching order.
+inline bool is_stepless_image(const RegionCrossEntropyParams& p) {
+  const bool flat = p.size[1] == 1 && p.radius[1] == 0;
+  return flat && p.stride[0] == 1 && p.stride[1] == 1 && p.stride[2] == 1;
 }
 
 // Marching order: images become height x 1 x width.

@@ -1,8 +1,7 @@
-// Gradient of merge = logits. A march of three stages, r planes apart: load logits; merge them and turn each
-// anchor's merged vector into its gradient g_q = s_q / Z_q * d l_q / d z_q; gather g over the windows that
-// hold a pixel. Windows and agreement are symmetric, so every output is written once, in a fixed order.
-// The second stage is that of the backward here, or that of loss_and_gradient.h. (Larger windows
-// on images go by bands.h instead, with the same second stages.)
+// The gradient: a march of three stages, r planes apart. Load values; merge them and turn each anchor's
+// merged vector into its gradient g_q = s_q / Z_q * d l_q / d z_q; gather g over the windows that hold a
+// pixel. Windows and agreement are symmetric, so every output is written once, in a fixed order. The second
+// stage is that of the backward here, that of loss_and_gradient.h, or that of probabilities.h.
 #pragma once
 
 #include "kernels/region_cross_entropy/loss.h"
@@ -17,8 +16,8 @@ struct DirectRows {
 
   DirectRows() = default;
   explicit DirectRows(const RegionCrossEntropyParams& p, const RegionCrossEntropyGrad& grad) {
-    const bool same = p.logit == (sizeof(T) == 8 ? RegionLogit::f64 : RegionLogit::f32);
-    if (!same || grad.grad_input_stride[4] != 1 || p.low[0] > 0) return;
+    const bool same = p.logit == (sizeof(T) == 8 ? RegionDtype::f64 : RegionDtype::f32);
+    if (!same || grad.grad_input_stride[4] != 1 || p.input_size[0] > 0) return;
     base = static_cast<T*>(grad.grad_input);
     stride[0] = grad.grad_input_stride[0];
     for (int axis = 1; axis < 4; ++axis) stride[axis] = grad.grad_input_stride[axis + 1];
@@ -54,12 +53,12 @@ class SlopeRows {
 
   // Row (d, h), the i-th of its strip. Where there is no anchor slopes are 0, and logsumexps so large that
   // exponentials are finite.
-  void load(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors, bool with_lse) {
+  void load(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors) {
     std::memset(slopes(i), 0, rows_.class_stride * sizeof(T));
     const AnchorRow row(p_, n, d, h, larger(0, anchors.begin[2]), smaller(p_.size[2], anchors.end[2]));
     const int64_t first = row.first - anchors.begin[2];
     slopes_.row(p_, row, n, d, h, slopes(i) + first);
-    if (!with_lse) return;
+    if (p_.merge == RegionMerge::probs) return;  // lse is the pixels'
     T* out = lse(i);
     for (int64_t x = 0; x < rows_.class_stride; ++x) out[x] = -kLowestLogit<T>;
     if (row.step == 1)
@@ -86,20 +85,19 @@ Box anchor_box(const RegionCrossEntropyParams& p, const Box& box) {
   return anchors;
 }
 
-// s_q from the losses that the forward left, softmax(z_q) from its logsumexp less the largest z_q: a small
-// number, and so one with more digits.
+// What is made of the merged vectors of anchors, by a backward that reads what the forward left.
 template <class T>
-class BackwardAnchors {
+class SlopeAnchors {
  public:
-  BackwardAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
-                  const RegionCrossEntropyGrad& grad)
+  SlopeAnchors(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+               const RegionCrossEntropyGrad& grad)
       : p_(params), weights_(params), slopes_(params, state, grad) {}
 
   static constexpr bool kGradient = true;
 
   void reset(const Box& anchors, int64_t rows) { slopes_.reset(anchors, rows); }
   void begin(int64_t i, int64_t n, int64_t d, int64_t h, const Box& anchors) {
-    slopes_.load(i, n, d, h, anchors, /*with_lse=*/true);
+    slopes_.load(i, n, d, h, anchors);
   }
   template <class S>
   void place(int64_t row, int64_t column, AnchorTile<S>& tile, int64_t i) {
@@ -108,6 +106,23 @@ class BackwardAnchors {
   }
   static constexpr bool counts() { return false; }
   T* agreement(int64_t) { return nullptr; }
+  template <class Int>
+  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t, const Int*, PowerSum&) {}
+
+ protected:
+  const RegionCrossEntropyParams& p_;
+  ClassWeights<T> weights_;
+  SlopeRows<T> slopes_;
+};
+
+// s_q from the losses, softmax(z_q) from the logsumexp less the largest z_q: a small number, and so one with
+// more digits.
+template <class T>
+class BackwardAnchors : public SlopeAnchors<T> {
+  using SlopeAnchors<T>::p_, SlopeAnchors<T>::weights_;
+
+ public:
+  using SlopeAnchors<T>::SlopeAnchors;
 
   template <class S>
   DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
@@ -117,13 +132,13 @@ class BackwardAnchors {
     merged.tops(p_.classes, top);
     for (int64_t i = 0; i < at.count; ++i) {
       if (at.share[i]) S::store(at.share[i], S::fill(1));
-      const V gap = S::load(at.lse[i]), share = S::load(at.losses[i]) * at.scale[i];
+      const V log_mass = S::load(at.lse[i]), share = S::load(at.losses[i]) * at.scale[i];
       V hard = share * weights_.hard;
       if (weights_.weight) hard *= weights_.template of<S>(at.own[i]);
       const V mass = hard + share * weights_.soft_sum;
       for (int64_t c = 0; c < p_.classes; ++c) {
-        at.ask(i, c);
-        V g = mass * S::exp((merged.at(c, i) - top[i]) * at.scale[i] - gap);
+        at.prefetch(i, c);
+        V g = mass * S::exp((merged.at(c, i) - top[i]) * at.scale[i] - log_mass);
         if (weights_.soft > 0) g -= share * (weights_.soft * weights_.at(c));
         S::store(at.out[i] + c * at.class_stride, g);
       }
@@ -137,18 +152,18 @@ class BackwardAnchors {
               __attribute__((always_inline)) { at.out[i][c * at.class_stride + lane] -= hard[lane]; });
     }
   }
-
-  template <class Int>
-  void end(int64_t, int64_t, int64_t, int64_t, const Box&, int64_t, const Int*, PowerSum&) {}
-
- private:
-  const RegionCrossEntropyParams& p_;
-  ClassWeights<T> weights_;
-  SlopeRows<T> slopes_;
 };
 
-// Windows: Pool, Taps or Pairs.
-template <class T, class Anchors, class Windows>
+// Merged logits.
+template <class T>
+struct LogitValues {
+  using Planes = LogitPlanes<T>;
+  using Loss = ForwardAnchors<T>;
+  using Gradient = BackwardAnchors<T>;
+};
+
+// Anchors: the second stage.
+template <class T, class Anchors, class Windows, class Values>
 class RegionGradient {
  public:
   using S = typename Windows::S;
@@ -162,13 +177,9 @@ class RegionGradient {
         strip_(Windows::strip(params)),
         stage_(params, state, grad),
         planes_(params, Windows::kFinite),
-        merge_(params, planes_.labels, planes_.logits, params.classes),
-        gather_(Windows::gathering(params, planes_.labels, anchors_, shares_, params.classes)),
-        merged_(params.classes) {}
-
-  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return gradient_bytes_per_column<T, Windows>(p);
-  }
+        merge_(params, planes_.labels(), planes_.values(), planes_.channels()),
+        gather_(Windows::gathering(params, planes_.labels(), anchors_, shares_, planes_.channels())),
+        merged_(planes_.channels()) {}
 
   // Calls store(d, h, row, class_stride) for the rows of the box, in ascending order of d, unless `direct`
   // can take them in place.
@@ -176,35 +187,33 @@ class RegionGradient {
   void run(int64_t n, const Box& box, const DirectRows<T>& direct, Store store) {
     const int64_t between = planes_between(p_, strip_);
     const int64_t planes = 2 * p_.radius[0] + strip_;
-    planes_.reset(box, 2, between + p_.radius[0], Windows::kKeeps ? 1 : planes);
-    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), p_.classes, Windows::kKeeps ? strip_ : between,
-                   Windows::kFinite);
+    const int64_t channels = planes_.channels();
+    planes_.reset(box, 2, between + p_.radius[0], kReadAgain ? between + p_.radius[0] : planes);
+    anchors_.reset(anchor_memory_, anchor_box<T>(p_, box), channels, between, Windows::kFinite);
     if (Windows::kShares) shares_.reset(share_memory_, anchors_.box, 1, between);
     stage_.reset(anchors_.box, kRegionStrip);
-    if constexpr (Windows::kKeeps) {
-      merge_.reset(planes);
-      gather_.reset(between);
-    }
     total_ = {};
-    row_.reset(row_memory_, box.row(), p_.classes, kRegionStrip);
+    row_.reset(row_memory_, box.row(), channels, kRegionStrip);
     march_backward(
-        p_, box, strip_, [&](int64_t d) { load(n, d); },
+        p_, box, strip_, [&](int64_t d) { planes_.load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { anchor_rows(n, d, h, count, box, direct); },
         [&](int64_t d, int64_t h, int64_t count) {
           if (gather_rows(n, d, h, count, box, direct)) return;
-          for (int64_t i = 0; i < count; ++i)
-            store(d + i, h, row_.data + i * row_.plane_stride, row_.class_stride);
+          for (int64_t i = 0; i < count; ++i) {
+            const T* const row = row_.data + i * row_.plane_stride;
+            if constexpr (kReadAgain)
+              planes_.gradient(d + i, h, box, row, row_.class_stride, store);
+            else
+              store(d + i, h, row, row_.class_stride);
+          }
         });
   }
 
   const PowerSum& total() const { return total_; }
-  const RegionBadLabel& bad() const { return planes_.label_rows.bad(); }
+  const RegionBadLabel& bad() const { return planes_.bad(); }
 
  private:
-  void load(int64_t n, int64_t d) {
-    planes_.load(n, d);
-    if constexpr (Windows::kKeeps) merge_.load(d, 0);
-  }
+  static constexpr bool kReadAgain = Values::Planes::kReadAgain;
 
   void anchor_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
                    const DirectRows<T>& direct) {
@@ -218,7 +227,7 @@ class RegionGradient {
     T* out[kRegionStrip];
     for (int64_t i = 0; i < count; ++i) {
       stage_.begin(i, n, d + i, h, anchors_.box);
-      own[i] = planes_.labels.at(d + i, h, begin);
+      own[i] = planes_.labels().at(d + i, h, begin);
       out[i] = anchors_.at(d + i, h, begin);
     }
     const int64_t next = d + count + p_.radius[0], end = begin + width;
@@ -239,11 +248,8 @@ class RegionGradient {
       }
       stage_.tile(merged_, tile);
     }
-    ahead.rest();
-    for (int64_t i = 0; i < count; ++i) {
-      if constexpr (Windows::kKeeps) gather_.load(d + i, h);
-      stage_.end(i, n, d + i, h, box, margin, own[i] + before, total_);
-    }
+    ahead.prefetch_all();
+    for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, margin, own[i] + before, total_);
   }
 
   // Rows go to `direct` where it can take them, else to row_. The last tile of a row in place starts where it
@@ -251,7 +257,7 @@ class RegionGradient {
   bool gather_rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box,
                    const DirectRows<T>& direct) {
     const int64_t width = box.extent(2);
-    const bool in_place = direct.base && width >= S::lanes;
+    const bool in_place = !kReadAgain && direct.base && width >= S::lanes;
     gather_.aim(d, h, count, /*anchors=*/true);
     for (int64_t column = 0; column < width; column += S::lanes) {
       const int64_t x = in_place ? smaller(column, width - S::lanes) : column;
@@ -275,7 +281,7 @@ class RegionGradient {
   int64_t strip_;
   Anchors stage_;
   PowerSum total_;
-  Planes<T> planes_;
+  typename Values::Planes planes_;
   Ring<T> anchors_;  // g_q
   Ring<T> shares_;   // what they are yet to be multiplied by
   Ring<T> row_;      // a strip of gradient
@@ -283,8 +289,5 @@ class RegionGradient {
   Windows merge_, gather_;
   MergedTile<S> merged_;
 };
-
-template <class T, class Windows>
-using RegionBackward = RegionGradient<T, BackwardAnchors<T>, Windows>;
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

@@ -1,10 +1,9 @@
-// Forward of merge = logits: (losses, lse) per anchor, agreement, and the sums of the Minkowski mean.
-// Included per instruction set. Logits are read once (plus halos); nothing else of their size is written.
+// Losses of anchors, and the forward: (losses, lse) per anchor, agreement, and the sums of the Minkowski
+// mean. Logits are read once (plus halos); nothing else of their size is written.
 #pragma once
 
 #include "kernels/region_cross_entropy/anchors.h"
 #include "kernels/region_cross_entropy/march.h"
-#include "kernels/region_cross_entropy/pairs.h"
 #include "kernels/region_cross_entropy/windows_small.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
@@ -101,9 +100,9 @@ struct AnchorTile {
 
   explicit AnchorTile(PrefetchAhead& later) : ahead(later) {}
 
-  DYNPLAN_INLINE void ask(int64_t i, int64_t c) const {
+  DYNPLAN_INLINE void prefetch(int64_t i, int64_t c) const {
     constexpr bool kBoth = sizeof(typename S::V) == 64;  // narrower ones share a line of each
-    ahead.template next<kBoth>(i + c);
+    ahead.template prefetch_next<kBoth>(i + c);
   }
 };
 
@@ -114,7 +113,7 @@ struct MergedLosses {
   using V = typename S::V;
   using M = typename S::M;
   V loss[kRegionStrip];
-  V gap[kRegionStrip];         // logsumexp less the largest
+  V log_mass[kRegionStrip];    // logsumexp less the largest
   V others[kRegionStrip];      // mass less label_term, exactly
   V mass[kRegionStrip];        // sum over classes of exp((z - top) scale)
   V label_term[kRegionStrip];  // the label's own term of it
@@ -163,9 +162,9 @@ struct MergedLosses {
     }
     for (int64_t i = 0; i < count; ++i) {
       label_term[i] = S::exp((label_sum[i] - top[i]) * scale[i]);
-      gap[i] = S::log1p(others[i] + (label_term[i] - T(1)));
+      log_mass[i] = S::log1p(others[i] + (label_term[i] - T(1)));
       mass[i] = others[i] + label_term[i];
-      loss[i] = (top[i] - label_sum[i]) * scale[i] + gap[i];
+      loss[i] = (top[i] - label_sum[i]) * scale[i] + log_mass[i];
     }
   }
 };
@@ -187,15 +186,16 @@ class LossRows {
   T* agreement(int64_t i) { return lse(i) + rows_.class_stride; }
 
   // Writes the anchors of row (d, h) of the box, which is the i-th row and has `margin` columns before the
-  // box, and adds them to `total`; writes State's `lse` too where `with_lse`. `labels` begin with the box.
+  // box, and adds them to `total`. `labels` begin with the box.
   template <class Int>
-  void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, bool with_lse,
-             const Int* labels, PowerSum& total) {
+  void write(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels,
+             PowerSum& total) {
     const AnchorRow anchors(p_, n, d, h, box.begin[2], box.end[2]);
     const int64_t from = anchors.first - box.begin[2], column = margin + from;
     T* const written = static_cast<T*>(state_.losses) + anchors.index;
     copy(losses(i) + column, anchors, written);
-    if (with_lse) copy(lse(i) + column, anchors, static_cast<T*>(state_.lse) + anchors.index);
+    if (p_.merge == RegionMerge::logits)  // else it is the pixels'
+      copy(lse(i) + column, anchors, static_cast<T*>(state_.lse) + anchors.index);
     if (counts()) copy(agreement(i) + column, anchors, state_.agreement + anchors.index);
     // Loads would wait for what was just written.
     const T* const dense = anchors.step == 1 ? losses(i) + column : written;
@@ -244,7 +244,7 @@ class LossAnchors {
   template <class Int>
   void end(int64_t i, int64_t n, int64_t d, int64_t h, const Box& box, int64_t margin, const Int* labels,
            PowerSum& total) {
-    if (box.holds(d, h)) out_.write(i, n, d, h, box, margin, /*with_lse=*/true, labels, total);
+    if (box.holds(d, h)) out_.write(i, n, d, h, box, margin, labels, total);
   }
 
  protected:
@@ -271,13 +271,13 @@ class ForwardAnchors : public LossAnchors<T> {
     const TileLabels<S> labels(at.own, at.count);
     const MergedLosses<S> made(
         merged, labels, p_.classes,
-        at, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.ask(i, c); });
+        at, [&](int64_t i, int64_t c, V) __attribute__((always_inline)) { at.prefetch(i, c); });
     for (int64_t i = 0; i < at.count; ++i) {
       V loss = made.loss[i];
       if (weights.weight || weights.soft > 0) loss = weights.hard * weights.template of<S>(at.own[i]) * loss;
       if (weights.soft > 0) loss += weights.soft * soft(i, at, merged, made);
       S::store(at.losses[i], S::masked(at.own[i] >= 0, loss));
-      S::store(at.lse[i], S::masked(at.own[i] >= 0, made.gap[i]));
+      S::store(at.lse[i], S::masked(at.own[i] >= 0, made.log_mass[i]));
     }
   }
 
@@ -297,89 +297,76 @@ class ForwardAnchors : public LossAnchors<T> {
   }
 };
 
-// Of rings of logits and of anchors' gradients; where windows keep the rows, of those in use at a time:
-// columns cost more to cut than cached rows to lose.
-template <class T, class Windows>
-int64_t gradient_bytes_per_column(const RegionCrossEntropyParams& p) {
-  const int64_t strip = Windows::strip(p), window = 2 * p.radius[0] + strip;
-  const int64_t values = Windows::kKeeps ? 2 * window * PixelRows<T>::padded(p.classes)
-                                         : (window + planes_between(p, strip)) * p.classes;
-  return values * static_cast<int64_t>(sizeof(T));
+// Of rings of values and of anchors' gradients.
+template <class T>
+int64_t gradient_bytes_per_column(const RegionCrossEntropyParams& p, int64_t strip) {
+  const int64_t planes = 2 * p.radius[0] + strip + planes_between(p, strip);
+  return planes * p.classes * static_cast<int64_t>(sizeof(T));
 }
 
-// Windows: Pool, Taps or Pairs.
-template <class T, class Windows>
+// Windows: GeneralWindows or SmallWindows. Values: LogitValues, or ProbabilityValues of probabilities.h.
+template <class T, class Windows, class Values>
 class RegionForward {
  public:
   using S = typename Windows::S;
-  using V = typename S::V;
-  using M = typename S::M;
   using Int = typename S::Int;
 
-  RegionForward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state)
+  RegionForward(const RegionCrossEntropyParams& params, const RegionCrossEntropyState& state,
+                const RegionCrossEntropyGrad& grad)
       : p_(params),
         strip_(Windows::strip(params)),
-        stage_(params, state, {}),
+        state_(state),
+        stage_(params, state, grad),
         planes_(params, Windows::kFinite),
-        pool_(params, planes_.labels, planes_.logits, params.classes),
-        merged_(params.classes) {}
-
-  // As the gradient's, which needs more: cut alike, in strips too, a loss has the same bits with its gradient
-  // and without.
-  static int64_t bytes_per_column(const RegionCrossEntropyParams& p) {
-    return gradient_bytes_per_column<T, Windows>(p);
-  }
+        windows_(params, planes_.labels(), planes_.values(), planes_.channels()),
+        merged_(planes_.channels()) {}
 
   PowerSum run(int64_t n, const Box& box) {
     PowerSum total;
     const int64_t planes = 2 * p_.radius[0] + strip_;
-    planes_.reset(box, 1, planes, Windows::kKeeps ? 1 : planes);
-    if constexpr (Windows::kKeeps) pool_.reset(planes);
+    planes_.reset(box, 1, planes, planes);
+    if constexpr (Values::Planes::kReadAgain) planes_.write_lse(box, static_cast<T*>(state_.lse));
     stage_.reset(box, kRegionStrip);
     march_forward(
-        p_, box, strip_, strip_ > 1 ? p_.radius[0] : 0, [&](int64_t d) { load(n, d); },
+        p_, box, strip_, strip_ > 1 ? p_.radius[0] : 0, [&](int64_t d) { planes_.load(n, d); },
         [&](int64_t d, int64_t h, int64_t count) { rows(n, d, h, count, box, total); });
     return total;
   }
 
-  const RegionBadLabel& bad() const { return planes_.label_rows.bad(); }
+  const RegionBadLabel& bad() const { return planes_.bad(); }
 
  private:
-  void load(int64_t n, int64_t d) {
-    planes_.load(n, d);
-    if constexpr (Windows::kKeeps) pool_.load(d, 0);
-  }
-
   void rows(int64_t n, int64_t d, int64_t h, int64_t count, const Box& box, PowerSum& total) {
-    const int64_t margin = box.begin[2] - planes_.labels.box.begin[2];
-    pool_.aim(d, h, count, /*anchors=*/false);
+    const int64_t margin = box.begin[2] - planes_.labels().box.begin[2];
+    windows_.aim(d, h, count, /*anchors=*/false);
     const Int* own[kRegionStrip];
-    for (int64_t i = 0; i < count; ++i) own[i] = planes_.labels.at(d + i, h, box.begin[2]);
+    for (int64_t i = 0; i < count; ++i) own[i] = planes_.labels().at(d + i, h, box.begin[2]);
     const int64_t next = d + count + p_.radius[0];
     PrefetchAhead ahead{PrefetchRows::logits(p_, n, next, next + strip_, h, box.begin[2] - p_.radius[2],
                                              box.end[2] + p_.radius[2]),
                         {}};
     for (int64_t x = 0; x < box.extent(2); x += S::lanes) {
-      merged_.pool(pool_, margin + x);
+      merged_.pool(windows_, margin + x);
       AnchorTile<S> tile(ahead);
       tile.count = count;
       for (int64_t i = 0; i < count; ++i) {
-        if (stage_.counts()) S::store(stage_.agreement(i) + x, pool_.agreement(i, margin + x));
+        if (stage_.counts()) S::store(stage_.agreement(i) + x, windows_.agreement(i, margin + x));
         tile.own[i] = S::load(own[i] + x);
         tile.scale[i] = merged_.scale(i, tile.own[i]);
         stage_.place(i, x, tile, i);
       }
       stage_.tile(merged_, tile);
     }
-    ahead.rest();
+    ahead.prefetch_all();
     for (int64_t i = 0; i < count; ++i) stage_.end(i, n, d + i, h, box, 0, own[i], total);
   }
 
   const RegionCrossEntropyParams& p_;
   int64_t strip_;
-  ForwardAnchors<T> stage_;
-  Planes<T> planes_;
-  Windows pool_;
+  const RegionCrossEntropyState& state_;
+  typename Values::Loss stage_;
+  typename Values::Planes planes_;
+  Windows windows_;
   MergedTile<S> merged_;
 };
 

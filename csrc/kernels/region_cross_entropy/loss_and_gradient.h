@@ -26,7 +26,7 @@ class OnceAnchors : public LossAnchors<T> {
     const TileLabels<S> labels(at.own, at.count);
     const MergedLosses<S> made(
         merged, labels, p_.classes, at, [&](int64_t i, int64_t c, V term) __attribute__((always_inline)) {
-          at.ask(i, c);
+          at.prefetch(i, c);
           S::store(at.out[i] + c * at.class_stride, term);
         });
     V mass[kRegionStrip];
@@ -40,7 +40,7 @@ class OnceAnchors : public LossAnchors<T> {
       }
       loss = S::masked(valid, loss);
       S::store(at.losses[i], loss);
-      S::store(at.lse[i], S::masked(valid, made.gap[i]));
+      S::store(at.lse[i], S::masked(valid, made.log_mass[i]));
       mass[i] = S::masked(valid, share * S::pow(loss, exponent_) / made.mass[i]);
     }
     for (int64_t i = 0; i < at.count; ++i) {
@@ -68,9 +68,6 @@ class OnceAnchors : public LossAnchors<T> {
  private:
   const T exponent_;
 };
-
-template <class T, class Windows>
-using RegionOnce = RegionGradient<T, OnceAnchors<T>, Windows>;
 
 // What the gradient has yet to be multiplied by; 0 where powers of the losses left what T can hold.
 inline double once_factor(const RegionCrossEntropyParams& p, const PowerSum& total) {

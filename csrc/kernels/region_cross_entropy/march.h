@@ -53,49 +53,54 @@ inline int64_t planes_between(const RegionCrossEntropyParams& p, int64_t strip) 
   return 2 * p.radius[0] + 2 * strip - 1;
 }
 
-// Planes of labels and of logits, loaded as the march reaches them.
+// Planes of labels and of the values that are pooled, loaded as the march reaches them: here logits.
 template <class T>
-struct Planes {
+class LogitPlanes {
+ public:
   using Int = typename Simd<T>::Int;
+  static constexpr bool kReadAgain = false;  // whether gathered gradients are worked on with the values
 
-  const RegionCrossEntropyParams& p;
-  LabelRows<T> label_rows;
-  Interpolation<T> interpolation;
-  Scratch<Int> label_memory;
-  Scratch<T> logit_memory;
-  Ring<Int> labels;
-  Ring<T> logits;
+  explicit LogitPlanes(const RegionCrossEntropyParams& params, bool all_finite = false)
+      : p_(params), label_rows_(params), interpolation_(params), finite_(all_finite) {}
 
-  const bool finite;  // whether logits are, where pixels do not count
+  // Classes of a pixel that are pooled, and planes of them.
+  int64_t channels() const { return p_.classes; }
+  const Ring<T>& values() const { return logits_; }
+  const Ring<Int>& labels() const { return labels_; }
+  const RegionBadLabel& bad() const { return label_rows_.bad(); }
 
-  explicit Planes(const RegionCrossEntropyParams& params, bool all_finite = false)
-      : p(params), label_rows(params), interpolation(params), finite(all_finite) {}
-
-  // `halo`: radii that the values of a tile reach beyond it. `label_planes`, `logit_planes`: how many are
+  // `halo`: radii that the values of a tile reach beyond it. `label_planes`, `value_planes`: how many are
   // kept.
-  void reset(const Box& box, int halo, int64_t label_planes, int64_t logit_planes) {
-    Box region = box.grown(p.radius, halo);
-    region.begin[2] = box.begin[2] - ring_margin<T>(p);
-    labels.reset(label_memory, region, 1, label_planes);
-    logits.reset(logit_memory, region, p.classes, logit_planes, finite);
-    std::memset(labels.data, 0xff, labels.plane_stride * label_planes * sizeof(Int));  // -1 outside the image
+  void reset(const Box& box, int halo, int64_t label_planes, int64_t value_planes) {
+    Box region = box.grown(p_.radius, halo);
+    region.begin[2] = box.begin[2] - ring_margin<T>(p_);
+    labels_.reset(label_memory_, region, 1, label_planes);
+    logits_.reset(logit_memory_, region, p_.classes, value_planes, finite_);
+    std::memset(labels_.data, 0xff,
+                labels_.plane_stride * label_planes * sizeof(Int));  // -1 outside the image
   }
 
   void load(int64_t n, int64_t d) {
-    if (d < 0 || d >= p.size[0]) {
-      std::memset(labels.plane(d), 0xff, labels.plane_stride * sizeof(Int));
+    if (d < 0 || d >= p_.size[0]) {
+      std::memset(labels_.plane(d), 0xff, labels_.plane_stride * sizeof(Int));
       return;
     }
-    const Box& box = logits.box;
-    const int64_t begin = larger(0, box.begin[2]), end = smaller(p.size[2], box.end[2]);
-    for (int64_t h = larger(0, box.begin[1]); h < smaller(p.size[1], box.end[1]); ++h) {
-      label_rows.load(n, d, h, begin, end, labels.at(d, h, begin));
-      if (interpolation.enabled())
-        interpolation.load(n, d, begin, end, logits.at(d, h, begin), logits.class_stride);
+    for_rows([&](int64_t h, int64_t begin, int64_t end) {
+      label_rows_.load(n, d, h, begin, end, labels_.at(d, h, begin));
+      if (interpolation_.enabled())
+        interpolation_.load(n, d, begin, end, logits_.at(d, h, begin), logits_.class_stride);
       else
-        load_logits(p, n, d, h, begin, end, logits.at(d, h, begin), logits.class_stride);
-      if (finite) clear_ignored(labels.at(d, h, begin), end - begin, logits.at(d, h, begin));
-    }
+        load_logits(p_, n, d, h, begin, end, logits_.at(d, h, begin), logits_.class_stride);
+      if (finite_) clear_ignored(labels_.at(d, h, begin), end - begin, logits_.at(d, h, begin));
+    });
+  }
+
+  // f(h, begin, end) for the rows of a plane, and their columns inside the image.
+  template <class F>
+  void for_rows(F f) const {
+    const Box& box = logits_.box;
+    const int64_t begin = larger(0, box.begin[2]), end = smaller(p_.size[2], box.end[2]);
+    for (int64_t h = larger(0, box.begin[1]); h < smaller(p_.size[1], box.end[1]); ++h) f(h, begin, end);
   }
 
  private:
@@ -103,12 +108,21 @@ struct Planes {
     using Wide = Simd<T, kWideBytes>;
     for (int64_t x = 0; x < count; x += Wide::lanes) {
       const typename Wide::M ignored = Wide::load(row_labels + x) < 0;
-      for (int64_t c = 0; Wide::bits(ignored) && c < p.classes; ++c) {
-        T* at = row + c * logits.class_stride + x;
+      for (int64_t c = 0; Wide::bits(ignored) && c < p_.classes; ++c) {
+        T* at = row + c * logits_.class_stride + x;
         Wide::store(at, Wide::unmasked(ignored, Wide::load(at)));
       }
     }
   }
+
+  const RegionCrossEntropyParams& p_;
+  LabelRows<T> label_rows_;
+  Interpolation<T> interpolation_;
+  const bool finite_;  // whether logits are, where pixels do not count
+  Scratch<Int> label_memory_;
+  Scratch<T> logit_memory_;
+  Ring<Int> labels_;
+  Ring<T> logits_;
 };
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

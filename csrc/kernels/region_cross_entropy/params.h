@@ -22,7 +22,7 @@ namespace dynplan::kernels {
 enum class RegionMerge : int { logits, probs };
 enum class RegionNormalize : int { weight, count };
 enum class RegionReduction : int { mean, sum };
-enum class RegionLogit : int { f32, f64, bf16, f16 };
+enum class RegionDtype : int { f32, f64, bf16, f16 };
 enum class RegionLabel : int { u8, i8, i16, i32, i64 };
 
 inline constexpr int kRegionMaxRadius = 7;    // kernel_size 15
@@ -38,7 +38,7 @@ struct RegionCrossEntropyParams {
 
   const void* input = nullptr;  // (N, C, D, H, W) of type `logit`
   int64_t input_stride[5] = {};
-  RegionLogit logit = RegionLogit::f32;
+  RegionDtype logit = RegionDtype::f32;
 
   const void* target = nullptr;  // (N, D, H, W) of type `label`
   int64_t target_stride[4] = {};
@@ -60,9 +60,9 @@ struct RegionCrossEntropyParams {
   RegionNormalize normalize = RegionNormalize::weight;
   RegionReduction reduction = RegionReduction::mean;
 
-  // Only for region_cross_entropy_upsampled: input is (N, C, 1, low[0], low[1]) and is interpolated
-  // bilinearly to size[1] x size[2] as it is read. low[0] == 0: not upsampled.
-  int64_t low[2] = {0, 0};
+  // Only for region_cross_entropy_upsampled: input is (N, C, 1, *input_size) and is interpolated
+  // bilinearly to size[1] x size[2] as it is read. input_size[0] == 0: not upsampled.
+  int64_t input_size[2] = {0, 0};
   bool align_corners = false;
 };
 

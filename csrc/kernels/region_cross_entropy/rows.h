@@ -61,12 +61,12 @@ inline void narrow(float v, f16& out) {
 
 // Calls f with a value of the storage type of a logit.
 template <class T, class F>
-void with_logit_type(RegionLogit type, F f) {
+void with_logit_type(RegionDtype type, F f) {
   if constexpr (sizeof(T) == 8) {
     f(double{});
   } else {
-    if (type == RegionLogit::bf16) return f(bf16{});
-    if (type == RegionLogit::f16) return f(f16{});
+    if (type == RegionDtype::bf16) return f(bf16{});
+    if (type == RegionDtype::f16) return f(f16{});
     f(float{});
   }
 }
@@ -232,8 +232,8 @@ class PrefetchRows {
     first = larger(0, first), last = smaller(p.size[0], last);
     begin = larger(0, begin), end = smaller(p.size[2], end);
     const int64_t* stride = p.input_stride;
-    if (stride[4] != 1 || p.low[0] > 0 || n < 0 || h < 0 || h >= p.size[1]) return {};
-    const int64_t bytes = p.logit == RegionLogit::f64 ? 8 : p.logit == RegionLogit::f32 ? 4 : 2;
+    if (stride[4] != 1 || p.input_size[0] > 0 || n < 0 || h < 0 || h >= p.size[1]) return {};
+    const int64_t bytes = p.logit == RegionDtype::f64 ? 8 : p.logit == RegionDtype::f32 ? 4 : 2;
     const int64_t pixel = n * stride[0] + first * stride[2] + h * stride[3] + begin;
     return {static_cast<const char*>(p.input) + bytes * pixel,
             bytes * (end - begin),
@@ -244,14 +244,14 @@ class PrefetchRows {
   }
 
   // (Always inline: a function that only prefetches counts as free of effects, and calls to it are dropped.)
-  DYNPLAN_INLINE void next() {
+  DYNPLAN_INLINE void prefetch_next() {
     __builtin_prefetch(at_, 0, 2);
     at_ += step_;
     if (--lines_left_ == 0) turn();
   }
   // All that are left.
-  void rest() {
-    while (classes_left_ > 0) next();
+  void prefetch_all() {
+    while (classes_left_ > 0) prefetch_next();
   }
 
  private:
@@ -281,13 +281,13 @@ struct PrefetchAhead {
 
   // For the i-th of a tile's vectors, one or two lines each.
   template <bool kBoth>
-  DYNPLAN_INLINE void next(int64_t i) {
-    if (kBoth || i % 2 == 0) logits.next();
-    if (kBoth || i % 2 != 0) gradient.next();
+  DYNPLAN_INLINE void prefetch_next(int64_t i) {
+    if (kBoth || i % 2 == 0) logits.prefetch_next();
+    if (kBoth || i % 2 != 0) gradient.prefetch_next();
   }
-  void rest() {
-    logits.rest();
-    gradient.rest();
+  void prefetch_all() {
+    logits.prefetch_all();
+    gradient.prefetch_all();
   }
 };
 

@@ -44,21 +44,21 @@ class Interpolation {
  public:
   explicit Interpolation(const RegionCrossEntropyParams& params) : p_(params) {
     if (!enabled()) return;
-    y_.plan(p_.size[0], p_.low[0], p_.align_corners);
-    x_.plan(p_.size[2], p_.low[1], p_.align_corners);
-    rows_.reset(new T[2 * p_.low[1]]);
+    y_.plan(p_.size[0], p_.input_size[0], p_.align_corners);
+    x_.plan(p_.size[2], p_.input_size[1], p_.align_corners);
+    rows_.reset(new T[2 * p_.input_size[1]]);
   }
 
-  bool enabled() const { return p_.low[0] > 0; }
+  bool enabled() const { return p_.input_size[0] > 0; }
   const InterpolationAxis<T>& y() const { return y_; }
   const InterpolationAxis<T>& x() const { return x_; }
 
   // Columns [begin, end) of row d of all classes.
   void load(int64_t n, int64_t d, int64_t begin, int64_t end, T* out, int64_t class_stride) {
     if (begin >= end) return;
-    const int64_t low = y_.at[d], next = smaller(low + 1, p_.low[0] - 1);
-    const int64_t first = x_.at[begin], last = smaller(x_.at[end - 1] + 2, p_.low[1]);
-    T *above = rows_.get() - first, *below = above + p_.low[1];
+    const int64_t low = y_.at[d], next = smaller(low + 1, p_.input_size[0] - 1);
+    const int64_t first = x_.at[begin], last = smaller(x_.at[end - 1] + 2, p_.input_size[1]);
+    T *above = rows_.get() - first, *below = above + p_.input_size[1];
     for (int64_t c = 0; c < p_.classes; ++c) {
       load_class(n, c, low, first, last, above + first);
       load_class(n, c, next, first, last, below + first);
@@ -66,7 +66,7 @@ class Interpolation {
       T* to = out + c * class_stride;
       for (int64_t x = begin; x < end; ++x) {
         const T left = above[x_.at[x]];
-        const T right = above[smaller(x_.at[x] + 1, p_.low[1] - 1)];
+        const T right = above[smaller(x_.at[x] + 1, p_.input_size[1] - 1)];
         to[x - begin] = left + x_.up[x] * (right - left);
       }
     }

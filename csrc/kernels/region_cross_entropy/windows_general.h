@@ -23,7 +23,7 @@ struct TileOutput {
 };
 
 template <class T>
-class Pool : public TileWindows<T> {
+class GeneralWindows : public TileWindows<T> {
   using Base = TileWindows<T>;
   using Base::agree_, Base::count_, Base::extra_, Base::first_extra_, Base::kLanes, Base::kind_,
       Base::num_groups_, Base::num_passes_, Base::passes_, Base::p_, Base::ring_, Base::rows_, Base::strip_,
@@ -37,17 +37,17 @@ class Pool : public TileWindows<T> {
   using typename Base::Mask;
   using typename Base::S;
   using typename Base::V;
-  // Whether gradients are gathered with factors of their own, whether values have to be finite where pixels
-  // do not count, and whether rows of values are kept here, so that the ring they come from need not.
-  static constexpr bool kShares = false, kFinite = false, kKeeps = false;
+  // Whether gradients are gathered with factors of their own, and whether values have to be finite where
+  // pixels do not count.
+  static constexpr bool kShares = false, kFinite = false;
 
-  static Pool gathering(const RegionCrossEntropyParams& params, const Ring<Int>& labels,
-                        const Ring<T>& values, const Ring<T>&, int64_t classes) {
-    return Pool(params, labels, values, classes);
+  static GeneralWindows gathering(const RegionCrossEntropyParams& params, const Ring<Int>& labels,
+                                  const Ring<T>& values, const Ring<T>&, int64_t classes) {
+    return GeneralWindows(params, labels, values, classes);
   }
 
-  Pool(const RegionCrossEntropyParams& params, const Ring<Int>& labels, const Ring<T>& values,
-       int64_t classes)
+  GeneralWindows(const RegionCrossEntropyParams& params, const Ring<Int>& labels, const Ring<T>& values,
+                 int64_t classes)
       : Base(params, labels, values), classes_(classes), by_count_(p_.normalize == RegionNormalize::count) {
     const int r = p_.radius[2];
     const bool flat = p_.size[1] == 1 && p_.radius[1] == 0;

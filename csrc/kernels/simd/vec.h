@@ -51,32 +51,21 @@ struct Simd {
     std::memcpy(&v, p, count * sizeof(T));
     return v;
   }
-  // Vectors that begin kReach elements before `p` to kReach after it, times those of `factors` if not null.
-  template <int kReach>
-  DYNPLAN_INLINE static void load_around(const T* p, const T* factors, V (&values)[2 * kReach + 1]) {
-    const auto at = [&](int x) __attribute__((always_inline)) {
-      return factors ? load(p + x) * load(factors + x) : load(p + x);
-    };
+  // Vectors that begin one element before `p`, at it, and one after it.
+  DYNPLAN_INLINE static void load_around(const T* p, V (&values)[3]) {
 #if DYNPLAN_VECTOR_MASKS
     // Vectors of 64 bytes straddle two cache lines anywhere but at their beginning: it is cheaper to shift
     // what three of them hold.
     if constexpr (kBytes == 64 && lanes == 16) {
-      const __m512i before = std::bit_cast<__m512i>(at(-lanes)), here = std::bit_cast<__m512i>(at(0)),
-                    after = std::bit_cast<__m512i>(at(lanes));
-      const auto shift = [&](auto by) __attribute__((always_inline)) {
-        values[kReach - by.value] =
-            std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, here, before, lanes - by.value));
-        values[kReach + by.value] =
-            std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, after, here, by.value));
-      };
-      values[kReach] = std::bit_cast<V>(here);
-      shift(std::integral_constant<int, 1>());
-      if constexpr (kReach > 1) shift(std::integral_constant<int, 2>());
-      if constexpr (kReach > 2) shift(std::integral_constant<int, 3>());
+      const __m512i before = std::bit_cast<__m512i>(load(p - lanes)), here = std::bit_cast<__m512i>(load(p)),
+                    after = std::bit_cast<__m512i>(load(p + lanes));
+      values[0] = std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, here, before, lanes - 1));
+      values[1] = std::bit_cast<V>(here);
+      values[2] = std::bit_cast<V>(_mm512_maskz_alignr_epi32(0xffff, after, here, 1));
       return;
     }
 #endif
-    for (int x = -kReach; x <= kReach; ++x) values[kReach + x] = at(x);
+    for (int x = 0; x < 3; ++x) values[x] = load(p + x - 1);
   }
   DYNPLAN_INLINE static V fill(T value) {
     return V{} + value;
@@ -251,31 +240,5 @@ struct Simd {
     return masked(x > 0, exp(exponent * log(x)));
   }
 };
-
-// Lanes whose number has bit kApart change places between vectors kApart apart.
-template <class S, int kApart>
-DYNPLAN_INLINE void exchange_lanes(typename S::V (&v)[S::lanes]) {
-  typename S::M low, high;
-  for (int lane = 0; lane < S::lanes; ++lane) {
-    low[lane] = lane & kApart ? S::lanes + lane - kApart : lane;
-    high[lane] = lane & kApart ? S::lanes + lane : lane + kApart;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < S::lanes; ++i) {
-    if (i & kApart) continue;
-    const typename S::V a = v[i], b = v[i + kApart];
-    v[i] = __builtin_shuffle(a, b, low);
-    v[i + kApart] = __builtin_shuffle(a, b, high);
-  }
-}
-
-// Lane i of vector j becomes lane j of vector i.
-template <class S>
-DYNPLAN_INLINE void transpose(typename S::V (&v)[S::lanes]) {
-  static_assert(S::lanes <= 8);
-  exchange_lanes<S, 1>(v);
-  if constexpr (S::lanes > 2) exchange_lanes<S, 2>(v);
-  if constexpr (S::lanes > 4) exchange_lanes<S, 4>(v);
-}
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

@@ -79,8 +79,8 @@ class PixelLogits {
       : class_stride_(p.input_stride[1]) {
     const T* image = static_cast<const T*>(p.input) + n * p.input_stride[0];
     if constexpr (kUpsampled) {
-      const Neighbours<Acc> y(h, p.low[0], p.size[1], p.align_corners),
-          x(w, p.low[1], p.size[2], p.align_corners);
+      const Neighbours<Acc> y(h, p.input_size[0], p.size[1], p.align_corners),
+          x(w, p.input_size[1], p.size[2], p.align_corners);
       const auto corner = [&](int64_t row, int64_t column) {
         return image + row * p.input_stride[3] + column * p.input_stride[4];
       };

@@ -31,7 +31,7 @@ struct BackwardTiles {
 
 // Full-resolution pixels per low-resolution element along an axis; 0 where every pixel touches every element.
 __host__ __device__ inline double upsampling_ratio(const RegionCrossEntropyParams& p, int axis) {
-  const int64_t low = p.low[axis - 1], full = p.size[axis];
+  const int64_t low = p.input_size[axis - 1], full = p.size[axis];
   if (!p.align_corners) return static_cast<double>(full) / low;
   return low > 1 && full > 1 ? static_cast<double>(full - 1) / (low - 1) : 0.0;
 }
@@ -39,11 +39,11 @@ __host__ __device__ inline double upsampling_ratio(const RegionCrossEntropyParam
 // For a chip that gives a block `most_shared` bytes; more where even the smallest tile needs more.
 template <typename Acc>
 BackwardTiles backward_tiles(const RegionCrossEntropyParams& p, size_t most_shared) {
-  const bool upsampled = p.low[0] != 0;
+  const bool upsampled = p.input_size[0] != 0;
   BackwardTiles b = {};
   b.extent[0] = p.size[0];
-  b.extent[1] = upsampled ? p.low[0] : p.size[1];
-  b.extent[2] = upsampled ? p.low[1] : p.size[2];
+  b.extent[1] = upsampled ? p.input_size[0] : p.size[1];
+  b.extent[2] = upsampled ? p.input_size[1] : p.size[2];
   int preferred[3] = {1, 16, 16};
   if (upsampled) preferred[1] = preferred[2] = 8;
   if (p.size[0] > 1) preferred[0] = 4, preferred[1] = preferred[2] = 8;
@@ -310,11 +310,11 @@ __global__ void __launch_bounds__(kThreads)
         Acc sum = 0;
         const Box touching = pixel_box<true>(p, Box{{at[0], at[1], at[2]}, {at[0], at[1], at[2]}});
         for (int64_t h = touching.first[1]; h <= touching.last[1]; ++h) {
-          const Neighbours<Acc> y(h, p.low[0], p.size[1], p.align_corners);
+          const Neighbours<Acc> y(h, p.input_size[0], p.size[1], p.align_corners);
           const Acc down =
               (y.near == at[1] ? 1 - y.far_weight : Acc(0)) + (y.far == at[1] ? y.far_weight : Acc(0));
           for (int64_t w = touching.first[2]; w <= touching.last[2]; ++w) {
-            const Neighbours<Acc> x(w, p.low[1], p.size[2], p.align_corners);
+            const Neighbours<Acc> x(w, p.input_size[1], p.size[2], p.align_corners);
             const Acc right =
                 (x.near == at[2] ? 1 - x.far_weight : Acc(0)) + (x.far == at[2] ? x.far_weight : Acc(0));
             sum += down * right * pixel_grads[k * tiles.pixels + pixels.index(at[0], h, w)];

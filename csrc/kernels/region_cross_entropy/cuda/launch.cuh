@@ -27,7 +27,7 @@ inline bool region_in_groups(const void* data, const int64_t* stride, int64_t wi
 
 inline bool region_is_tiled(const RegionCrossEntropyParams& p, const int64_t* data_stride) {
   const int radius = p.radius[1];
-  if (p.merge != RegionMerge::logits || p.low[0] != 0 || p.logit == RegionLogit::f64 || p.size[0] != 1)
+  if (p.merge != RegionMerge::logits || p.input_size[0] != 0 || p.logit == RegionDtype::f64 || p.size[0] != 1)
     return false;
   if (radius < 1 || radius > 3 || p.radius[2] != radius || p.stride[1] != 1 || p.stride[2] != 1) return false;
   for (int d = 0; d <= radius; ++d)
@@ -134,7 +134,7 @@ cudaError_t region_cross_entropy_forward(const RegionCrossEntropyParams& p,
                                          cudaStream_t stream) {
   const int64_t count = region_partials(p);
   cudaError_t error = cudaSuccess;
-  if (count > 0 && p.low[0] != 0) {
+  if (count > 0 && p.input_size[0] != 0) {
     error = region_general_forward<T, true>(p, state, partials, stream);
   } else if (count > 0 && !region_forward_is_tiled(p)) {
     error = region_general_forward<T, false>(p, state, partials, stream);
@@ -149,7 +149,7 @@ cudaError_t region_cross_entropy_forward(const RegionCrossEntropyParams& p,
 
 // Whether one tile of the general backward fits into shared memory; the tiled kernels' always do.
 inline bool region_backward_fits(const RegionCrossEntropyParams& p, size_t most_shared) {
-  const general::BackwardTiles tiles = p.logit == RegionLogit::f64
+  const general::BackwardTiles tiles = p.logit == RegionDtype::f64
                                            ? general::backward_tiles<double>(p, most_shared)
                                            : general::backward_tiles<float>(p, most_shared);
   return region_pixels(p) == 0 || tiles.shared_bytes <= most_shared;
@@ -174,10 +174,10 @@ cudaError_t region_cross_entropy_backward(const RegionCrossEntropyParams& p,
   if (p.classes == 0) return cudaSuccess;
   // Without pixels there may be logits to interpolate all the same; their gradient is dense.
   if (region_pixels(p) == 0) {
-    const int64_t elements = p.batch * p.classes * p.low[0] * p.low[1];
+    const int64_t elements = p.batch * p.classes * p.input_size[0] * p.input_size[1];
     return elements > 0 ? cudaMemsetAsync(grad.grad_input, 0, elements * sizeof(T), stream) : cudaSuccess;
   }
-  if (p.low[0] != 0) return region_general_backward<T, true>(p, state, grad, most_shared, stream);
+  if (p.input_size[0] != 0) return region_general_backward<T, true>(p, state, grad, most_shared, stream);
   if constexpr (!std::is_same_v<T, double>) {
     if (region_is_tiled(p, p.input_stride) && region_is_tiled(p, grad.grad_input_stride))
       return region_dispatch_tiled(p, [&](auto radius, auto smoothing) {
