@@ -3,10 +3,10 @@
 // With x_p the logits of pixel p, y_p its label, q a window centre (anchor), W(q) the odd window round it:
 //
 //   w(p,q) = exp(-d^2 / 2 sigma^2), d = max over axes of spacing * |offset|       (chessboard distance)
-//   a_qp   = w(p,q) [y_p = y_q] / Z_q                Z_q = sum over W(q) of w [y_p = y_q], or the count of
-//   them z_q    = sum over W(q) of a_qp x_p l_q    = (1 - smoothing) weight[y_q] (lse_q - z_q[y_q]) +
-//   smoothing / C sum_c weight[c] (lse_q - z_q[c]) value  = ( sum_q l_q^p / sum_q weight[y_q]^p )^(1/p) over
-//   the anchors whose label is not ignored
+//   a_qp   = w(p,q) [y_p = y_q] / Z_q, Z_q = sum over W(q) of w [y_p = y_q], or the count of them
+//   z_q    = sum over W(q) of a_qp x_p
+//   l_q    = (1 - smoothing) weight[y_q] (lse_q - z_q[y_q]) + smoothing / C sum_c weight[c] (lse_q - z_q[c])
+//   value  = ( sum_q l_q^p / sum_q weight[y_q]^p )^(1/p) over the anchors whose label is not ignored
 //
 // merge = probs pools t_p = softmax(x_p) instead: l_q is the same with log(sum a_qp t_p[c]) for z_q[c] -
 // lse_q. Without smoothing, since every pixel that agrees shares y_q, no other class is ever pooled. t_p is
