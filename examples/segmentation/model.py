@@ -64,6 +64,7 @@ class SegmentationNet(nn.Module):
         self.register_buffer("mean", 255 * torch.tensor(IMAGE_MEAN).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(IMAGE_STD).view(3, 1, 1))
         self.to(memory_format=torch.channels_last)
+        self.train()
 
     def train(self, mode: bool = True) -> "SegmentationNet":
         super().train(mode)

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from examples.segmentation.metrics import Scores
 from examples.segmentation.model import SegmentationNet
 from examples.segmentation.train import Settings, crop_and_flip, evaluate, fit
 
-ROOT = Path(__file__).parents[2]
 VOID = 3
 COLOURS = np.array([[60, 120, 200], [200, 60, 60], [90, 200, 90], [0, 0, 0]], np.uint8)
 
@@ -353,11 +351,3 @@ def test_command_line_errors(root, tmp_path):
     assert outcome.exit_code != 0 and "got hinge" in outcome.output
     outcome = runner.invoke(app, ["study", "--data", str(root), "--output", str(tmp_path), "--part", "main"])
     assert "expected runs of every learning rate" in str(outcome.exception)
-
-
-def test_the_page_shows_the_figures():
-    """docs/region-loss-study.md holds the tables that `report` makes of the figures beside it."""
-    rows = json.loads((ROOT / "docs/results/region_loss_study.json").read_text())
-    page = (ROOT / "docs/region-loss-study.md").read_text()
-    for heading, text in report.tables(rows).items():
-        assert f"### {heading}\n\n{text}\n" in page
