@@ -169,12 +169,15 @@ class ProbabilityLosses : public LossAnchors<T> {
   DYNPLAN_INLINE void tile(const MergedTile<S>& merged, const AnchorTile<S>& at) {
     using V = typename S::V;
     for (int64_t i = 0; i < at.count; ++i) {
+      const typename S::M valid = at.own[i] >= 0;
       V loss{};
       for (int64_t c = 0; c < pooled_channels(p_); ++c) {
-        const V v = S::at_least(merged.at(c, i) * at.scale[i], std::numeric_limits<T>::min());
+        // Divided, so that a class that is alone has exactly 1.
+        const V v = S::at_least(valid ? merged.at(c, i) / merged.totals[i] : S::fill(1),
+                                std::numeric_limits<T>::min());
         loss += target_share(out_.weights(), c, at.own[i]) * S::at_least(-S::log(v), 0);
       }
-      S::store(at.losses[i], S::masked(at.own[i] >= 0, loss));
+      S::store(at.losses[i], S::masked(valid, loss));
     }
   }
 };
