@@ -101,9 +101,9 @@ def test_every_loss_has_the_same_bits_without_a_gradient(shape, kernel_size, lay
     rows, columns = torch.arange(shape[2]) // 25, torch.arange(shape[3]) // 60
     target = ((rows[:, None] + columns) % shape[1]).expand(shape[0], -1, -1).contiguous()
     kernel = list(kernel_size) if isinstance(kernel_size, tuple) else [kernel_size] * 2
-    options = (None, kernel, [1, 1], [1.0, 1.0], 1.0, 5.0, "logits", "weight", [-100], 0.0, "mean")
-    expected = torch.ops.dynplan.region_cross_entropy(input, target, *options, False)[2]
-    losses = torch.ops.dynplan._region_cross_entropy_once(input.requires_grad_(), target, *options)[2]
+    options = (kernel, [1, 1], [1.0, 1.0], 1.0, 5.0, "logits", "weight", [-100], 0.0, "mean")
+    expected = torch.ops.dynplan.region_cross_entropy(input, target, None, None, *options, False)[2]
+    losses = torch.ops.dynplan._region_cross_entropy_loss_and_gradient(input, target, None, *options)[2]
     assert torch.equal(losses, expected)
 
 

@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/build_dispatch.h"
-#include "kernels/pack.h"
+#include "kernels/packing/build_dispatch.h"
+#include "kernels/packing/pack.h"
 #include "ops/cpu/conditional_encoder_layer.h"
 #include "ops/cpu/embed_tokens.h"
 #include "ops/cpu/encoder_phases.h"
