@@ -2,7 +2,7 @@
 
     python bench/bench_region_cross_entropy.py                  # the shape that the CPU bars are for
     python bench/bench_region_cross_entropy.py --fast           # the same without the slow rivals
-    python bench/bench_region_cross_entropy.py --fast --method small rolling general   # each CPU loop
+    python bench/bench_region_cross_entropy.py --fast --method small general   # each CPU loop
     python bench/bench_region_cross_entropy.py --device cuda --dtype bfloat16 --shape cityscapes --kernel 5
 
 Rivals: ``F.cross_entropy`` (no windows at all), the eager shift-and-add form (the reference), ``F.unfold``,
@@ -41,7 +41,7 @@ DEFAULTS = {"merge": "logits", "label_smoothing": 0.0}
 LARGEST_UNFOLD = 4 << 30  # bytes of its buffer
 # Most of cross_entropy's time that a kernel size may take: fp32, two threads, voc-2, labels smooth or scene.
 BARS = {"dynplan 3": 0.60, "dynplan 5": 0.80, "dynplan 7": 1.00}
-METHODS = ("small", "rolling", "general")
+METHODS = ("small", "general")
 
 
 def labels(kind: str, shape: tuple[int, ...], device: str) -> Tensor:

@@ -71,19 +71,13 @@ struct Call {
   const RegionCrossEntropyState& state;
   const RegionCrossEntropyGrad& grad;
   Parallel parallel;
-  Method method = method_of<T>(p);
+  Method method = method_of(p);
 
   RegionBadLabel forward() const {
     RegionBadLabel bad;
-    if (method == Method::rolling) {
-      by_bands<ForwardAnchors<T>>().template finish<T>(p, state, bad);
-      return bad;
-    }
     with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
       const Tiling tiling = boxes<Windows>();
-      for_units<RegionForward<T, Windows, Values>>(tiling, [&](auto& kernel, int64_t unit, const auto&) {
-        Box box;
-        const int64_t n = tiling.box(unit, box);
+      for_units<RegionForward<T, Windows, Values>>(tiling, [](auto& kernel, int64_t n, const Box& box) {
         return kernel.run(n, box);
       }).template finish<T>(p, state, bad);
     });
@@ -91,10 +85,6 @@ struct Call {
   }
 
   void backward() const {
-    if (method == Method::rolling) {
-      by_bands<BackwardAnchors<T>>();
-      return;
-    }
     with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
       using Kernel = RegionGradient<T, typename Values::Gradient, Windows, Values>;
       if (p.input_size[0] > 0)
@@ -113,24 +103,21 @@ struct Call {
       return 1;
     }
     PowerSum total;
-    if (method == Method::rolling)
-      total = by_bands<OnceAnchors<T>>().template finish<T>(p, state, bad);
-    else
-      with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
-        if constexpr (!Values::Planes::kReadAgain) {
-          using Kernel = RegionGradient<T, OnceAnchors<T>, Windows, Values>;
-          total = gradient<Windows, Kernel>().template finish<T>(p, state, bad);
-        }
-      });
+    with_windows([&]<class Windows, class Values>(std::type_identity<Windows>, std::type_identity<Values>) {
+      if constexpr (!Values::Planes::kReadAgain) {
+        using Kernel = RegionGradient<T, OnceAnchors<T>, Windows, Values>;
+        total = gradient<Windows, Kernel>().template finish<T>(p, state, bad);
+      }
+    });
     if (const double factor = once_factor(p, total); factor != 0) return factor;
     backward();
     return 1;
   }
 
  private:
-  // run(kernel, unit, upcoming) for all units. upcoming() is the unit that would be taken now. Each thread
-  // takes the next that nobody has taken, so that a thread that other work slows down takes fewer. (A range
-  // of `parallel` stands for a thread; which one it is is ignored.)
+  // run(kernel, n, box) for all units. Each thread takes the next that nobody has taken, so that a thread
+  // that other work slows down takes fewer. (A range of `parallel` stands for a thread; which one it is is
+  // ignored.)
   template <class Kernel, class Run>
   UnitResults for_units(const Tiling& tiling, Run run) const {
     const int64_t units = tiling.units();
@@ -140,8 +127,9 @@ struct Call {
       int64_t unit = next++;
       if (unit >= units) return;
       for (auto kernel = std::make_unique<Kernel>(p, state, grad); unit < units; unit = next++) {
-        const PowerSum sum = run(*kernel, unit, [&] { return next.load(); });
-        results.set(unit, sum, kernel->bad());
+        Box box;
+        const int64_t n = tiling.box(unit, box);
+        results.set(unit, run(*kernel, n, box), kernel->bad());
       }
     });
     return results;
@@ -168,23 +156,13 @@ struct Call {
     return Tiling(p.batch, p.size, columns<Windows>(), Tiling::march(p), Windows::strip(p));
   }
 
-  template <class Stage>
-  UnitResults by_bands() const {
-    const Tiling tiling = Band<T, Stage>::tiling(p);
-    return for_units<Band<T, Stage>>(tiling, [&](auto& kernel, int64_t unit, const auto& upcoming) {
-      return kernel.run(tiling, unit, upcoming);
-    });
-  }
-
   template <class Windows, class Kernel>
   UnitResults gradient() const {
     const Tiling tiling = boxes<Windows>();
-    return for_units<Kernel>(tiling, [&](Kernel& kernel, int64_t unit, const auto&) {
-      Box box;
-      const int64_t n = tiling.box(unit, box);
+    return for_units<Kernel>(tiling, [&](Kernel& kernel, int64_t n, const Box& box) {
       kernel.run(
           n, box, DirectRows<T>(p, grad), [&](int64_t d, int64_t h, const T* row, int64_t class_stride) {
-            store_gradient(p, grad, n, d, h, 0, p.classes, box.begin[2], box.end[2], row, class_stride);
+            store_gradient(p, grad, n, d, h, box.begin[2], box.end[2], row, class_stride);
           });
       return kernel.total();
     });
@@ -199,9 +177,7 @@ struct Call {
     };
     const Tiling tiling(p.batch, low, shrunk(columns<Windows>(), low[2], p.size[2]),
                         shrunk(Tiling::march(p), low[0], p.size[0]), 1);
-    for_units<Folding<T, Kernel>>(tiling, [&](auto& folding, int64_t unit, const auto&) {
-      Box box;
-      const int64_t n = tiling.box(unit, box);
+    for_units<Folding<T, Kernel>>(tiling, [](auto& folding, int64_t n, const Box& box) {
       folding.run(n, box);
       return PowerSum();
     });

@@ -1,10 +1,9 @@
 // The geometry of the CPU kernels.
 //
-// Work is cut into units. Those of bands.h are bands of rows of an image. The others are
-// a tile of rows and columns, marched along the outermost spatial axis (so images are read as depth x 1 x
-// width): planes of the march live in rings in scratch, already widened to T, with the halo that windows
-// need; rings fit the second-level cache. The units depend on shapes alone, so results do not depend on the
-// number of threads.
+// Work is cut into units, each a tile of rows and columns, marched along the outermost spatial axis (so
+// images are read as depth x 1 x width): planes of the march live in rings in scratch, already widened to T,
+// with the halo that windows need; rings fit the second-level cache. The units depend on shapes alone, so
+// results do not depend on the number of threads.
 #pragma once
 
 #include <cstdlib>
@@ -25,17 +24,16 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Scratch memory that grows. It holds zeros at first, unless they are not asked for, then what was left
-// there.
+// Scratch memory that grows. It holds zeros at first, then what was left there.
 template <class T>
 class Scratch {
  public:
-  T* get(int64_t count, bool zeros = true) {
+  T* get(int64_t count) {
     if (count > capacity_) {
       const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
       memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (!memory_) throw std::bad_alloc();
-      if (zeros) std::memset(memory_.get(), 0, bytes);
+      std::memset(memory_.get(), 0, bytes);
       capacity_ = count;
     }
     return memory_.get();

@@ -46,26 +46,24 @@ class TileLabels {
 };
 
 // The sums of every class of one tile, and their normalisers: of class c, row i at
-// sums + c * class_stride + i * row_stride.
+// sums + c * kClassStride + i * S::lanes.
 template <class S>
 struct MergedTile {
   using T = typename S::T;
-  int64_t class_stride = kRegionStrip * S::lanes, row_stride = S::lanes;
+  static constexpr int64_t kClassStride = kRegionStrip * S::lanes;
   Scratch<T> memory;
   T* sums;
   typename S::V totals[kRegionStrip] = {};
 
-  explicit MergedTile(int64_t classes) : sums(memory.get(classes * class_stride)) {}
-  MergedTile(T* there, int64_t classes_apart, int64_t rows_apart)
-      : class_stride(classes_apart), row_stride(rows_apart), sums(there) {}
+  explicit MergedTile(int64_t classes) : sums(memory.get(classes * kClassStride)) {}
 
   template <class Windows>
   void pool(Windows& pool, int64_t column) {
-    TileOutput<T> out{{}, class_stride};
-    for (int64_t i = 0; i < kRegionStrip; ++i) out.row[i] = sums + i * row_stride;
+    TileOutput<T> out{{}, kClassStride};
+    for (int64_t i = 0; i < kRegionStrip; ++i) out.row[i] = sums + i * S::lanes;
     pool.run(column, out, totals);
   }
-  T* address(int64_t c, int64_t i) const { return sums + c * class_stride + i * row_stride; }
+  T* address(int64_t c, int64_t i) const { return sums + c * kClassStride + i * S::lanes; }
   typename S::V at(int64_t c, int64_t i) const { return S::load(address(c, i)); }
   void set(int64_t c, int64_t i, typename S::V v) const { S::store(address(c, i), v); }
 

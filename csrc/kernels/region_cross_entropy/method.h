@@ -5,29 +5,23 @@
 #include <string>
 #include <type_traits>
 
-#include "kernels/region_cross_entropy/bands.h"
 #include "kernels/region_cross_entropy/loss_and_gradient.h"
 #include "kernels/region_cross_entropy/probabilities.h"
 #include "kernels/region_cross_entropy/windows_small.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
-enum class Method { small, rolling, general };
+enum class Method { small, general };
 
-// DYNPLAN_REGION_METHOD forces a method, for measurements: `general` takes everything, the others what they
-// can take.
-template <class T>
-Method method_of(const RegionCrossEntropyParams& p) {
-  const bool small = takes_small_windows(p), rolling = takes_bands<T>(p);
+// DYNPLAN_REGION_METHOD forces a method, for measurements: `general` takes everything, `small` what it can
+// take.
+inline Method method_of(const RegionCrossEntropyParams& p) {
   const char* const variable = std::getenv("DYNPLAN_REGION_METHOD");
   const std::string forced = variable == nullptr ? "" : variable;
-  if (forced != "" && forced != "small" && forced != "rolling" && forced != "general")
+  if (forced != "" && forced != "small" && forced != "general")
     throw std::invalid_argument(
-        "region_cross_entropy: expected DYNPLAN_REGION_METHOD to be small, rolling or general, got " +
-        forced);
-  if (forced == "rolling" && rolling) return Method::rolling;
-  if (forced == "general") return Method::general;
-  return small ? Method::small : rolling ? Method::rolling : Method::general;
+        "region_cross_entropy: expected DYNPLAN_REGION_METHOD to be small or general, got " + forced);
+  return takes_small_windows(p) && forced != "general" ? Method::small : Method::general;
 }
 
 }  // namespace dynplan::kernels::DYNPLAN_ISA

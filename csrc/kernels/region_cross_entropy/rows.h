@@ -185,27 +185,6 @@ void load_logits(const RegionCrossEntropyParams& p, int64_t n, int64_t d, int64_
   });
 }
 
-// Columns [begin, end) of rows [first, last) of class c, for images (h = 0): row d goes to
-// out + (d - first) * row_stride. kWhole columns, the usual number, take fewest instructions.
-template <int64_t kWhole, class T>
-void load_class(const RegionCrossEntropyParams& p, int64_t n, int64_t c, int64_t first, int64_t last,
-                int64_t begin, int64_t end, T* out, int64_t row_stride) {
-  with_logit_type<T>(p.logit, [&](auto type) {
-    using Logit = decltype(type);
-    const int64_t *stride = p.input_stride, step = stride[4], count = end - begin;
-    const Logit* from =
-        static_cast<const Logit*>(p.input) + n * stride[0] + c * stride[1] + first * stride[2] + begin * step;
-    for (int64_t d = first; d < last; ++d, from += stride[2], out += row_stride) {
-      if (step == 1 && count == kWhole)
-        for (int64_t x = 0; x < kWhole; ++x) out[x] = read_logit<T>(from[x]);
-      else if (step == 1)
-        for (int64_t x = 0; x < count; ++x) out[x] = read_logit<T>(from[x]);
-      else
-        for (int64_t x = 0; x < count; ++x) out[x] = read_logit<T>(from[x * step]);
-    }
-  });
-}
-
 // Asks for the cache lines of some rows of every class, which will be used later, one at a time: between the
 // arithmetic, so that memory works meanwhile. Class by class: hardware follows a class along its rows, where
 // they are dense, but not as many streams as there are classes.
@@ -232,7 +211,7 @@ class PrefetchRows {
     first = larger(0, first), last = smaller(p.size[0], last);
     begin = larger(0, begin), end = smaller(p.size[2], end);
     const int64_t* stride = p.input_stride;
-    if (stride[4] != 1 || p.input_size[0] > 0 || n < 0 || h < 0 || h >= p.size[1]) return {};
+    if (stride[4] != 1 || p.input_size[0] > 0 || h < 0 || h >= p.size[1]) return {};
     const int64_t bytes = p.logit == RegionDtype::f64 ? 8 : p.logit == RegionDtype::f32 ? 4 : 2;
     const int64_t pixel = n * stride[0] + first * stride[2] + h * stride[3] + begin;
     return {static_cast<const char*>(p.input) + bytes * pixel,
@@ -294,8 +273,7 @@ struct PrefetchAhead {
 // The reverse of load_logits, for the gradient, which has its own strides.
 template <class T>
 void store_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyGrad& grad, int64_t n,
-                    int64_t d, int64_t h, int64_t first_class, int64_t last_class, int64_t begin, int64_t end,
-                    const T* in, int64_t class_stride) {
+                    int64_t d, int64_t h, int64_t begin, int64_t end, const T* in, int64_t class_stride) {
   with_logit_type<T>(p.logit, [&](auto type) {
     using Logit = decltype(type);
     const int64_t* stride = grad.grad_input_stride;
@@ -306,8 +284,8 @@ void store_gradient(const RegionCrossEntropyParams& p, const RegionCrossEntropyG
     const int64_t block = stride[4] == 1 ? count : kPixels;
     for (int64_t first = 0; first < count; first += block) {
       const int64_t last = first + block < count ? first + block : count;
-      for (int64_t c = first_class; c < last_class; ++c) {
-        const T* from = in + (c - first_class) * class_stride;
+      for (int64_t c = 0; c < p.classes; ++c) {
+        const T* from = in + c * class_stride;
         Logit* to = row + c * stride[1];
         if (stride[4] == 1)
           for (int64_t x = first; x < last; ++x) narrow(from[x], to[x]);

@@ -150,8 +150,7 @@ class UpsampledGradient {
         low[j] = total;
       }
     }
-    store_gradient(p_, grad_, n_, next_, 0, 0, p_.classes, low_.begin[2], low_.end[2], folded_.data,
-                   folded_.class_stride);
+    store_gradient(p_, grad_, n_, next_, 0, low_.begin[2], low_.end[2], folded_.data, folded_.class_stride);
     std::memset(sum, 0, rows_.plane_stride * sizeof(T));
     ++next_;
   }

@@ -101,11 +101,6 @@ struct Simd {
   DYNPLAN_INLINE static V max(V a, V b) {
     return a > b ? a : b;
   }
-  // NaN in `a` is left out.
-  DYNPLAN_INLINE static V min(V a, V b) {
-    return a < b ? a : b;
-  }
-
   // a * b, rounded. A bare product may be fused with an addition that follows, in one copy of a loop and not
   // in another, and the same sum would have other bits.
   DYNPLAN_INLINE static V product(V a, V b) {
@@ -118,8 +113,8 @@ struct Simd {
     return v;
   }
 
-  // Lanes that are wanted, in the form that takes least to keep and to apply; the vector at `p`, 0 where it
-  // is not wanted; and its sum with another.
+  // Lanes that are wanted, in the form that takes least to keep and to apply, and the vector at `p`, 0 where
+  // it is not wanted.
 #if DYNPLAN_VECTOR_MASKS
   using Mask = std::conditional_t<kBytes == 64, __mmask16, __mmask8>;
   DYNPLAN_INLINE static Mask equal(M a, M b) {
@@ -127,12 +122,6 @@ struct Simd {
       return _mm512_cmpeq_epi32_mask(std::bit_cast<__m512i>(a), std::bit_cast<__m512i>(b));
     else
       return _mm256_cmpeq_epi32_mask(std::bit_cast<__m256i>(a), std::bit_cast<__m256i>(b));
-  }
-  DYNPLAN_INLINE static Mask mask(M lanes) {
-    if constexpr (kBytes == 64)
-      return _mm512_movepi32_mask(std::bit_cast<__m512i>(lanes));
-    else
-      return _mm256_movepi32_mask(std::bit_cast<__m256i>(lanes));
   }
   DYNPLAN_INLINE static V masked(Mask wanted, V v) {
     if constexpr (kBytes == 64)
@@ -146,28 +135,13 @@ struct Simd {
     else
       return std::bit_cast<V>(_mm256_maskz_loadu_ps(wanted, p));
   }
-  DYNPLAN_INLINE static V add_masked(V v, V more, Mask wanted) {
-    if constexpr (kBytes == 64) {
-      const __m512 sum = std::bit_cast<__m512>(v);
-      return std::bit_cast<V>(_mm512_mask_add_ps(sum, wanted, sum, std::bit_cast<__m512>(more)));
-    } else {
-      const __m256 sum = std::bit_cast<__m256>(v);
-      return std::bit_cast<V>(_mm256_mask_add_ps(sum, wanted, sum, std::bit_cast<__m256>(more)));
-    }
-  }
 #else
   using Mask = M;
   DYNPLAN_INLINE static Mask equal(M a, M b) {
     return a == b;
   }
-  DYNPLAN_INLINE static Mask mask(M lanes) {
-    return lanes;
-  }
   DYNPLAN_INLINE static V load_masked(const T* p, Mask wanted) {
     return masked(wanted, load(p));
-  }
-  DYNPLAN_INLINE static V add_masked(V v, V more, Mask wanted) {
-    return v + masked(wanted, more);
   }
 #endif
 

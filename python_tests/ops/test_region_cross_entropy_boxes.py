@@ -1,4 +1,4 @@
-"""Images that take several bands of rows and blocks of columns, with labels of every kind."""
+"""Images that are cut into several boxes, with labels of every kind."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_same_bits_on_any_threads_and_without_a_gradient(kind, kernel_size):
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, (3, 5)])
 @pytest.mark.parametrize("shape", [(2, 2, 90, 121), (2, 150, 90, 121)])
 def test_every_loss_has_the_same_bits_without_a_gradient(shape, kernel_size, layout):
-    """Bands and strips of both passes meet windows of one label and of several at other rows."""
+    """Boxes and strips of both passes meet windows of one label and of several at other rows."""
     torch.manual_seed(0)
     input = torch.randn(shape).contiguous(memory_format=layout)
     rows, columns = torch.arange(shape[2]) // 25, torch.arange(shape[3]) // 60
