@@ -1,4 +1,4 @@
-// torch.classes.dynplan.WeightWatch(tensors).unchanged(): whether they are as they were when it was made.
+// torch.classes.dynplan.WeightWatch(tensors): whether they are as they were when it was made.
 //
 // A tensor has changed if it counts another version, if its storage, its place in it, its shape or its dtype is
 // another, or if one of a few of its cache lines is: fused optimizers, writes through `tensor.data` and those of
@@ -11,13 +11,18 @@
 //
 // The integrations ask before each forward. Asking 192 tensors through Python cost 0.1 to 0.2 ms of a short
 // text's forward, since the weights streamed before have left nothing of theirs in cache; here the misses
-// overlap.
+// overlap. Calling a method of a torch class costs 0.1 ms then too, so that the question is asked through
+// `_C.weights_are_unchanged(watch.handle())`.
+#include "ops/weight_watch.h"
+
 #include <ATen/core/Tensor.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -41,6 +46,20 @@ const c10::StorageImpl* storage(const c10::TensorImpl* impl) {
 
 constexpr int64_t kLine = 64;  // bytes
 
+class WeightWatch;
+
+// All that are alive, by handle. Never destroyed: the last of them may outlive it.
+struct Watches {
+  std::mutex mutex;
+  std::unordered_map<int64_t, const WeightWatch*> alive;
+  int64_t next = 0;
+};
+
+Watches& watches() {
+  static Watches* all = new Watches;
+  return *all;
+}
+
 class WeightWatch : public torch::CustomClassHolder {
  public:
   explicit WeightWatch(const std::vector<at::Tensor>& tensors) {
@@ -50,30 +69,46 @@ class WeightWatch : public torch::CustomClassHolder {
                         tensor.toString());
       // A tensor made under inference_mode counts no versions, and never will.
       const bool counts = !tensor.is_inference();
-      seen_.push_back({impl, impl->unsafe_storage(), storage(impl)->data(), impl->storage_offset(),
-                       impl->dtype(), impl->sizes().vec(), impl->strides().vec(),
-                       counts ? version(impl) : 0, counts, counter(impl)});
+      const c10::IntArrayRef sizes = impl->sizes(), strides = impl->strides();
+      seen_.push_back({impl, storage(impl), storage(impl)->data(), impl->storage_offset(), impl->dtype(),
+                       sizes.size(), counts ? version(impl) : 0, counts, counter(impl)});
+      storages_.push_back(impl->unsafe_storage());
+      shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
+      shapes_.insert(shapes_.end(), strides.begin(), strides.end());
       if (tensor.is_cpu() && tensor.numel() > 0 && storage(impl)->data() != nullptr) sample(tensor);
     }
+    const std::lock_guard lock(watches().mutex);
+    handle_ = watches().next++;
+    watches().alive.emplace(handle_, this);
   }
+
+  ~WeightWatch() override {
+    const std::lock_guard lock(watches().mutex);
+    watches().alive.erase(handle_);
+  }
+
+  int64_t handle() const { return handle_; }
 
   bool unchanged() const {
     // No early way out where a tensor has changed, and what comes next is prefetched: the loads of many
     // tensors shall be under way together.
     constexpr size_t kAhead = 24;
     bool same = true;
+    const int64_t* shape = shapes_.data();
     for (size_t i = 0; i < seen_.size(); ++i) {
       if (i + kAhead < seen_.size()) {
         const char* next = reinterpret_cast<const char*>(seen_[i + kAhead].impl);
         for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) __builtin_prefetch(next + line);
         __builtin_prefetch(seen_[i + kAhead].counter);
-        __builtin_prefetch(seen_[i + kAhead].storage.unsafeGetStorageImpl());
+        __builtin_prefetch(seen_[i + kAhead].storage);
       }
       const Seen& seen = seen_[i];
-      same &= (!seen.counts || version(seen.impl) == seen.version) &&
-              storage(seen.impl) == seen.storage.unsafeGetStorageImpl() && seen.storage.data() == seen.data &&
-              seen.impl->storage_offset() == seen.offset && seen.impl->dtype() == seen.dtype &&
-              seen.impl->sizes() == seen.sizes && seen.impl->strides() == seen.strides;
+      const c10::IntArrayRef sizes(shape, seen.dim), strides(shape + seen.dim, seen.dim);
+      same &= (!seen.counts || version(seen.impl) == seen.version) && storage(seen.impl) == seen.storage &&
+              seen.storage->data() == seen.data && seen.impl->storage_offset() == seen.offset &&
+              seen.impl->dtype() == seen.dtype && seen.impl->sizes() == sizes &&
+              seen.impl->strides() == strides;
+      shape += 2 * seen.dim;
     }
     if (!same) return false;  // the pieces may lie in memory that is gone
     const char* was = contents_.data();
@@ -88,11 +123,11 @@ class WeightWatch : public torch::CustomClassHolder {
  private:
   struct Seen {
     const c10::TensorImpl* impl;
-    c10::Storage storage;
+    const c10::StorageImpl* storage;
     const void* data;
     int64_t offset;
     caffe2::TypeMeta dtype;
-    std::vector<int64_t> sizes, strides;
+    size_t dim;
     uint32_t version;
     bool counts;
     const void* counter;  // where the version is counted: to be prefetched, never to be read
@@ -134,17 +169,27 @@ class WeightWatch : public torch::CustomClassHolder {
     }
   }
 
+  int64_t handle_;
   std::vector<Seen> seen_;
+  std::vector<c10::Storage> storages_;  // kept alive
+  std::vector<int64_t> shapes_;         // sizes and strides, tensor after tensor
   std::vector<Piece> pieces_;
   std::vector<char> contents_;  // of the pieces, one after another, as they were
 };
 
 }  // namespace
 
+std::optional<bool> weights_are_unchanged(int64_t handle) {
+  const std::lock_guard lock(watches().mutex);
+  const auto found = watches().alive.find(handle);
+  if (found == watches().alive.end()) return std::nullopt;
+  return found->second->unchanged();
+}
+
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {
   m.class_<WeightWatch>("WeightWatch")
       .def(torch::init<std::vector<at::Tensor>>())
-      .def("unchanged", &WeightWatch::unchanged);
+      .def("handle", &WeightWatch::handle);
 }
 
 }  // namespace dynplan

@@ -1,6 +1,9 @@
 #include "python/object_checks.h"
 
 #include <cstddef>
+#include <optional>
+
+#include "ops/weight_watch.h"
 
 namespace dynplan {
 namespace {
@@ -105,6 +108,17 @@ PyObject* dicts_are(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+PyObject* weights_are_unchanged(PyObject*, PyObject* handle) {
+  const long long value = PyLong_AsLongLong(handle);
+  if (value == -1 && PyErr_Occurred() != nullptr) return nullptr;
+  const std::optional<bool> unchanged = dynplan::weights_are_unchanged(value);
+  if (!unchanged.has_value()) {
+    PyErr_Format(PyExc_ValueError, "weights_are_unchanged: expected a WeightWatch's handle, got %lld", value);
+    return nullptr;
+  }
+  return PyBool_FromLong(*unchanged);
+}
+
 }  // namespace
 
 PyMethodDef object_checks[] = {
@@ -113,6 +127,8 @@ PyMethodDef object_checks[] = {
     {"entries_are", entries_are, METH_VARARGS, "dicts[i].get(keys[i]) is values[i] for all i"},
     {"attributes_are", attributes_are, METH_VARARGS, "getattr(objects[i], names[i]) is values[i] for all i"},
     {"dicts_are", dicts_are, METH_VARARGS, "objects[i].__dict__ is dicts[i] for all i"},
+    {"weights_are_unchanged", weights_are_unchanged, METH_O,
+     "whether the tensors of the WeightWatch with this handle are as they were"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace dynplan

@@ -14,7 +14,8 @@ namespace dynplan {
 // entries_are(dicts, keys, values): dicts[i].get(keys[i]) is values[i] for all i.
 // attributes_are(objects, names, values): getattr(objects[i], names[i]) is values[i] for all i.
 // dicts_are(objects, dicts): objects[i].__dict__ is dicts[i] for all i; torch.utils.swap_tensors swaps them.
-// All arguments are tuples of one length.
+// Their arguments are tuples of one length.
+// weights_are_unchanged(handle): see ops/weight_watch.cpp.
 extern PyMethodDef object_checks[];
 
 }  // namespace dynplan

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dynplan._C import dicts_are
+from dynplan._C import dicts_are, weights_are_unchanged
 from dynplan.ops.conditional_encoder_layer import EncoderLayerWeights, pack_encoder_weights
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
 
@@ -27,10 +27,11 @@ class Watched:
         self._tensors = tuple(tensor for tensor in tensors if is_plain(tensor))
         self._dicts = tuple(map(vars, self._tensors))
         self._watch = torch.classes.dynplan.WeightWatch(list(self._tensors))
+        self._handle = self._watch.handle()
 
     def unchanged(self) -> bool:
         """Whether all are as they were when this was made."""
-        return dicts_are(self._tensors, self._dicts) and self._watch.unchanged()
+        return dicts_are(self._tensors, self._dicts) and weights_are_unchanged(self._handle)
 
 
 def is_plain(tensor: object) -> bool:

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from dynplan._C import attributes_are, dicts_are, entries_are, sizes_are, types_are
+from dynplan._C import attributes_are, dicts_are, entries_are, sizes_are, types_are, weights_are_unchanged
 from helpers import assert_close_to_exact
 from integrations.models import KINDS, encoder_of, tiny
 from torch import nn
@@ -28,6 +28,21 @@ def test_object_checks():
     assert attributes_are((norm,), ("__name__",), (norm.__name__,))
     assert not attributes_are((norm,), ("__name__",), (norm,)) and not attributes_are((1,), ("a",), (None,))
     assert not entries_are((table,), ("a",), (2,)) and not entries_are((other,), ("a",), (1,))
+
+
+def test_handles_of_watches():
+    watched = Watched([torch.zeros(3)])
+    handle = watched._handle
+    assert weights_are_unchanged(handle) is True
+    watched._tensors[0].add_(1)
+    assert weights_are_unchanged(handle) is False
+    del watched
+    for none in (handle, -1):
+        with pytest.raises(ValueError, match=f"expected a WeightWatch's handle, got {none}"):
+            weights_are_unchanged(none)
+    for other in ("1", 2**70):
+        with pytest.raises((TypeError, OverflowError)):
+            weights_are_unchanged(other)
 
 
 @pytest.mark.parametrize(

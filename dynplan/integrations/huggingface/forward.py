@@ -89,21 +89,24 @@ class SwappedForward:
         """
         if self.family.embedding_parts is None:
             return self._run_original(args, options)
-        options |= check_positional(args, self.names, options)
-        config = self.model.config
         if (given := self.controller.given) is not None:
             return self._output(given, None, True)
-        input_ids, inputs_embeds = options.pop("input_ids", None), options.pop("inputs_embeds", None)
-        attention_mask = options.pop("attention_mask", None)
-        position_ids, token_type_ids = options.pop("position_ids", None), None
+        if args:
+            options |= check_positional(args, self.names, options)
+        take = options.pop
+        input_ids, inputs_embeds = take("input_ids", None), take("inputs_embeds", None)
+        attention_mask = take("attention_mask", None)
+        position_ids, token_type_ids = take("position_ids", None), None
         if self.family.embedding_parts.token_type is not None:
-            token_type_ids = options.pop("token_type_ids", None)
-        settings = {}
-        for name in ("output_attentions", "output_hidden_states", "return_dict"):
-            asked = options.pop(name, None)
-            settings[name] = getattr(config, name) if asked is None else asked
-        collect = settings["output_hidden_states"]
-        check_options(options, settings["output_attentions"], collect)
+            token_type_ids = take("token_type_ids", None)
+        # Past the config's own __getattribute__, which costs more than all the rest of this.
+        defaults = self.model.config.__dict__
+        attentions, collect = take("output_attentions", None), take("output_hidden_states", None)
+        return_dict = take("return_dict", None)
+        attentions = defaults["_output_attentions"] if attentions is None else attentions
+        collect = defaults["output_hidden_states"] if collect is None else collect
+        return_dict = defaults["return_dict"] if return_dict is None else return_dict
+        check_options(options, attentions, collect)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
                 "dynplan: expected exactly one of input_ids and inputs_embeds, got both or neither"
@@ -113,7 +116,7 @@ class SwappedForward:
             last, states = traced.run(self, inputs, collect)
         else:
             last, states = self.run(inputs, collect)
-        return self._output(last, states, settings["return_dict"])
+        return self._output(last, states, return_dict)
 
     def run(
         self, inputs: tuple[Tensor | None, ...], collect: bool
