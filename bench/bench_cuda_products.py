@@ -4,7 +4,7 @@
 
 Each of a layer's four products, bf16, by the profiler's kernel times: with the tile that the kernel chooses
 from the active rows, with every tile forced, and through ``F.linear``. What the choice assumes of the chip is
-in ``csrc/kernels/conditional_encoder_layer_product.cuh``; where a forced tile beats the chosen one, that is
+in ``csrc/kernels/encoder/cuda/product.cuh``; where a forced tile beats the chosen one, that is
 wrong. Ours gather, add bias and activate on the way. Every tile's result is checked to be the chosen one's,
 bit for bit, before its time counts.
 """

@@ -129,7 +129,7 @@ def test_products_bench_from_start_to_end(on_cpu, tmp_path, monkeypatch, capsys)
 
 
 def test_products_bench_knows_the_kernels_tiles():
-    header = Path(__file__).parents[1] / "csrc/kernels/conditional_encoder_layer_cuda.h"
+    header = Path(__file__).parents[1] / "csrc/kernels/encoder/cuda/kernels.h"
     (names,) = re.findall(r"kProductTiles\[\] = \{(.*?)\};", header.read_text(), re.DOTALL)
     assert tuple(re.findall(r'"(\w+)"', names)) == products.TILES
 

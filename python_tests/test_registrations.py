@@ -1,13 +1,14 @@
 """House rules that hold for every op and every file, checked by looking."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-import dynplan  # noqa: F401  registers the ops
+import dynplan
 
 ROOT = Path(__file__).parents[1]
 # They take and give no tensor.
@@ -22,6 +23,13 @@ OPS = sorted(
     for name in torch._C._dispatch_get_all_op_names()
     if name.startswith("dynplan::") and name not in QUERIES
 )
+# Public function: its op, what the op takes beside the function's arguments, and what it never sees.
+CONTRACTS = {
+    "pack": ("pack", (), ()),
+    "unpack": ("unpack", (), ()),
+    "region_cross_entropy": ("region_cross_entropy", ("align_corners", "agreement"), ("process_group",)),
+    "region_cross_entropy_upsampled": ("region_cross_entropy", ("agreement",), ("process_group",)),
+}
 # Lower layers never import higher ones; a package may import itself and anything to its right.
 LAYERS = ["cli", "commands", "training", "integrations", "policies", "nn", "ops", "_library"]
 SOURCES = {
@@ -78,3 +86,25 @@ def test_arrows_run_one_way(path):
     if package in LAYERS:
         higher = set(LAYERS[: LAYERS.index(package)])
         assert not imported & higher, f"{package} imports from {imported & higher}"
+
+
+def documented(function):
+    """Names of the arguments that a docstring lists under Args, in order."""
+    block = inspect.getdoc(function).split("Args:\n")[1].split("\n\n")[0]
+    return [
+        name
+        for line in block.splitlines()
+        if (found := re.match(r"    (\w[\w, ]*):(?: |$)", line))
+        for name in found[1].replace(" ", "").split(",")
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(CONTRACTS))
+def test_docstring_and_schema_agree(name):
+    """The contract of an op stands once, in the docstring of its public function: it names every argument of
+    the function, and the op takes no other than ``CONTRACTS`` says."""
+    function = getattr(dynplan.ops, name)
+    assert documented(function) == list(inspect.signature(function).parameters)
+    op, beside, never_in_schema = CONTRACTS[name]
+    schema = [argument.name for argument in getattr(torch.ops.dynplan, op).default._schema.arguments]
+    assert sorted(schema) == sorted({*documented(function), *beside} - {*never_in_schema})

@@ -1,4 +1,4 @@
-#include "kernels/conditional_encoder_layer.h"
+#include "kernels/encoder/conditional_encoder_layer.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels/encoder/checks.h"
-#include "kernels/reduced_encoder.h"
+#include "kernels/encoder/reduced_encoder.h"
 #include "native/bindings.h"
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-#include "kernels/embed_tokens.h"
+#include "kernels/encoder/embed_tokens.h"
 
 #include <pybind11/numpy.h>
 
@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/pack.h"
+#include "kernels/packing/pack.h"
 #include "native/bindings.h"
 
 namespace py = pybind11;

@@ -3,7 +3,7 @@
 
 #include <thread>
 
-#include "kernels/cpu_isa.h"
+#include "kernels/simd/isa.h"
 #include "native/bindings.h"
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-#include "kernels/pack.h"
+#include "kernels/packing/pack.h"
 
 #include <pybind11/numpy.h>
 

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy/cpu.h"
 #include "native/bindings.h"
 
 namespace py = pybind11;

@@ -3,14 +3,14 @@
 //   build_dispatch(keep bool (B,) or (B, L), cu_seqlens int32 (B+1,), capacity T)
 //     -> rows int32 (T,) or (L, T), cu_seqlens int32 (B+1,) or (L, B+1), counts int32 (2,) or (L, 2)
 //
-// One call makes the dispatch of one layer or of all layers; kernels/build_dispatch.h says what the outputs hold.
+// One call makes the dispatch of one layer or of all layers; kernels/packing/build_dispatch.h says what the outputs hold.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <tuple>
 
-#include "kernels/build_dispatch.h"
+#include "kernels/packing/build_dispatch.h"
 
 namespace dynplan {
 

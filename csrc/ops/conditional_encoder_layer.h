@@ -20,7 +20,7 @@
 
 #include <string_view>
 
-#include "kernels/activation.h"
+#include "kernels/encoder/activation.h"
 
 namespace dynplan {
 

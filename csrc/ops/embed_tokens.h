@@ -7,8 +7,8 @@
 //
 // The embeddings of BERT and its like, and pack: packed[t] = LayerNorm(word[id] + type[k] + position[p]).
 // indices and cu_seqlens are those of pack; no mask: all are tokens. No token types: row 0. padding_idx: of
-// RoBERTa's rule for positions (kernels/embed_tokens.h); none: the column. All ids are checked, padding's
-// too.
+// RoBERTa's rule for positions (kernels/encoder/embed_tokens.h); none: the column. All ids are checked,
+// padding's too.
 //
 // CPU, float32, inference. dynplan/ops/embed_tokens.py composes everything else from PyTorch operations.
 #pragma once

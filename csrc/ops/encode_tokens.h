@@ -19,7 +19,7 @@
 #include <optional>
 #include <string_view>
 
-#include "kernels/activation.h"
+#include "kernels/encoder/activation.h"
 #include "ops/embed_tokens.h"
 
 namespace dynplan {

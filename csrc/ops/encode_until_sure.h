@@ -25,7 +25,7 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/exits.h"
+#include "kernels/planning/exits.h"
 #include "ops/encode_tokens.h"
 
 namespace dynplan {

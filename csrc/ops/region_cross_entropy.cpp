@@ -17,16 +17,16 @@ at::ScalarType accumulation_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-kernels::RegionLogit logit_type(const char* op, const at::Tensor& input) {
+kernels::RegionDtype logit_type(const char* op, const at::Tensor& input) {
   switch (input.scalar_type()) {
     case at::kFloat:
-      return kernels::RegionLogit::f32;
+      return kernels::RegionDtype::f32;
     case at::kDouble:
-      return kernels::RegionLogit::f64;
+      return kernels::RegionDtype::f64;
     case at::kBFloat16:
-      return kernels::RegionLogit::bf16;
+      return kernels::RegionDtype::bf16;
     case at::kHalf:
-      return kernels::RegionLogit::f16;
+      return kernels::RegionDtype::f16;
     default:
       break;
   }
@@ -166,10 +166,10 @@ RegionCrossEntropyParams region_cross_entropy_params(const char* op, const at::T
   params.num_ignored = static_cast<int>(o.ignore_index.size());
   std::copy(o.ignore_index.begin(), o.ignore_index.end(), params.ignored);
   if (align_corners) {
-    params.low[0] = input.size(2);
-    params.low[1] = input.size(3);
+    params.input_size[0] = input.size(2);
+    params.input_size[1] = input.size(3);
     params.align_corners = *align_corners;
-    TORCH_CHECK_VALUE((params.low[0] > 0 && params.low[1] > 0) || target.numel() == 0, op,
+    TORCH_CHECK_VALUE((params.input_size[0] > 0 && params.input_size[1] > 0) || target.numel() == 0, op,
                       ": expected input to have a pixel, got ", input.sizes());
   }
   return params;
@@ -233,21 +233,17 @@ kernels::RegionCrossEntropyGrad region_cross_entropy_grad(
 #define REGION_OPTIONS                                                                                 \
   "int[] kernel_size, int[] stride, float[] spacing, float sigma, float p, str merge, str normalize, " \
   "int[] ignore_index, float label_smoothing, str reduction"
-#define REGION_FORWARD "Tensor input, Tensor target, Tensor? weight, "
-#define REGION_BACKWARD "Tensor? grad_value, Tensor? grad_losses, " REGION_FORWARD
-#define REGION_STATE "Tensor value, Tensor normalizer, Tensor losses, Tensor lse, "
-#define REGION_OUTPUTS "(Tensor value, Tensor normalizer, Tensor losses, Tensor lse, Tensor agreement)"
+#define REGION_INPUTS "Tensor input, Tensor target, Tensor? weight, "
+#define REGION_STATE "Tensor value, Tensor normalizer, Tensor losses, Tensor lse"
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {
   const auto def = [&](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
-  def("region_cross_entropy(" REGION_FORWARD REGION_OPTIONS ", bool agreement) -> " REGION_OUTPUTS);
-  def("_region_cross_entropy_once(" REGION_FORWARD REGION_OPTIONS
-      ") -> (Tensor value, Tensor normalizer, Tensor losses, Tensor lse, Tensor grad_input)");
-  def("_region_cross_entropy_backward(" REGION_BACKWARD REGION_STATE REGION_OPTIONS ") -> Tensor");
-  def("region_cross_entropy_upsampled(" REGION_FORWARD "bool align_corners, " REGION_OPTIONS
-      ", bool agreement) -> " REGION_OUTPUTS);
-  def("_region_cross_entropy_upsampled_backward(" REGION_BACKWARD
-      "bool align_corners, " REGION_STATE REGION_OPTIONS ") -> Tensor");
+  def("region_cross_entropy(" REGION_INPUTS "bool? align_corners, " REGION_OPTIONS
+      ", bool agreement) -> (" REGION_STATE ", Tensor agreement)");
+  def("_region_cross_entropy_backward(Tensor? grad_value, Tensor? grad_losses, " REGION_INPUTS
+      "bool? align_corners, " REGION_STATE ", " REGION_OPTIONS ") -> Tensor");
+  def("_region_cross_entropy_loss_and_gradient(" REGION_INPUTS REGION_OPTIONS ") -> (" REGION_STATE
+      ", Tensor grad_input)");
 }
 
 }  // namespace dynplan

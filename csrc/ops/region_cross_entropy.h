@@ -1,36 +1,23 @@
-// Contract of region_cross_entropy and region_cross_entropy_upsampled, shared by every device.
+// What the ops of region_cross_entropy share on every device. Arguments, shapes, dtypes and errors are those
+// that dynplan/ops/region_cross_entropy.py documents; this says what that does not.
 //
-//   region_cross_entropy(input, target, weight, OPTIONS, agreement) -> (value, normalizer, losses, lse,
-//   agreement)
-//     input      (N, C, *spatial) fp32, fp64, bf16, fp16; 1 to 3 spatial axes; any strides, read in place
-//     target     (N, *spatial) uint8, int8, int16, int32, int64; any strides
-//     weight     (C,) of the accumulation type, or none
-//     value      ()  Minkowski mean of exponent p over valid anchors ("mean") or their sum ("sum")
-//     normalizer ()  float64: sum of weight[label]^p over valid anchors
-//     losses     (N, *anchors) loss of each anchor, 0 where its label is ignored; anchors = ceil(spatial /
-//     stride) lse        (N, *anchors), or (N, *spatial) for merge "probs": what the backward needs beside
-//     losses agreement  (N, *anchors) int16 number of agreeing pixels in each window, or (0,) when not asked
-//     for
-//   The accumulation type (of value, losses, lse) is float32, float64 for fp64 input.
+//   region_cross_entropy: with align_corners the logits of the formulas are the bilinear interpolation of
+//   input (N, C, h, w) to the size of target (N, H, W); without it input has the size of target.
+//     value      ()            Minkowski mean of exponent p over valid anchors ("mean"), or their sum ("sum")
+//     normalizer ()            float64: sum of weight[label]^p over valid anchors
+//     losses     (N, *anchors) loss of each anchor, 0 where its label is ignored
+//     lse        (N, *anchors), or (N, *spatial) for merge "probs": what else the backward needs
+//     agreement  (N, *anchors) int16: agreeing pixels of each window; (0,) when not asked for
+//   value, losses and lse are float32, float64 for float64 input.
 //
-//   _region_cross_entropy_backward(grad_value?, grad_losses?, input, target, weight, value, normalizer,
-//   losses, lse,
-//                                  OPTIONS) -> grad_input, dtype and strides of empty_like(input)
+//   _region_cross_entropy_backward: grad_input, dtype and strides of empty_like(input)
 //     d value / d l_q = (l_q / value)^(p-1) / normalizer   ("mean"; 0/0 = 0), 1 ("sum")
 //     With s_q = grad_value * that + grad_losses_q:
 //     grad_input_p = sum over anchors q whose window holds p, y_q = y_p, of a_qp s_q d l_q / d z_q
 //
-//   _region_cross_entropy_once(input, target, weight, OPTIONS) -> (value, normalizer, losses, lse,
-//   grad_input),
-//     CPU only: the forward, and the backward of its value for grad_value = 1, from one pass over the logits
-//     where merge is "logits", every stride 1 and label_smoothing 0 (else one after the other)
-//
-// The _upsampled twins take `bool align_corners` after weight; input is (N, C, h, w), target (N, H, W), and
-// the logits of the formulas are the bilinear interpolation of input to H x W.
-//
-// OPTIONS: int[] kernel_size, int[] stride, float[] spacing (one per spatial axis), float sigma, float p, str
-// merge,
-//          str normalize, int[] ignore_index, float label_smoothing, str reduction
+//   _region_cross_entropy_loss_and_gradient: CPU only. The forward, and the backward of its value for
+//   grad_value = 1, from one pass over the logits where merge is "logits", every stride 1 and label_smoothing
+//   0 (else one after the other).
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -38,7 +25,7 @@
 #include <optional>
 #include <string_view>
 
-#include "kernels/region_cross_entropy.h"
+#include "kernels/region_cross_entropy/params.h"
 
 namespace dynplan {
 
@@ -56,7 +43,7 @@ struct RegionOptions {
 };
 
 // Checks every argument and fills all of Params except class_weight, from tensors on any device.
-// `align_corners` is empty for the op without upsampling.
+// `align_corners` is empty where input has the size of target. `op` is named in errors.
 kernels::RegionCrossEntropyParams region_cross_entropy_params(const char* op, const at::Tensor& input,
                                                               const at::Tensor& target,
                                                               const std::optional<at::Tensor>& weight,

@@ -1,10 +1,10 @@
-// The four ops of region_cross_entropy.h over a backend, so that the long signatures stand once. A backend
+// The ops of region_cross_entropy.h over a backend, so that the long signatures stand once. A backend
 // has
 //   static void forward(const char* op, const at::Tensor& input, const Params&, const State&)
 //   static void backward(const char* op, const at::Tensor& input, const Params&, const State&, const Grad&)
 // and, where it has them, the op that does both at once and returns what the gradient is to be multiplied by,
 // and memory of its own for gradients:
-//   static double once(const char* op, const Params&, const State&, const Grad&)
+//   static double loss_and_gradient(const char* op, const Params&, const State&, const Grad&)
 //   static void scale(const at::Tensor& gradient, double factor)
 //   static at::Tensor empty_like(const at::Tensor& input)
 #pragma once
@@ -32,23 +32,25 @@ class RegionCrossEntropyOps {
 
  public:
   static void implement(torch::Library& m) {
-    m.impl("region_cross_entropy", &plain);
-    m.impl("_region_cross_entropy_backward", &plain_backward);
-    m.impl("region_cross_entropy_upsampled", &upsampled);
-    m.impl("_region_cross_entropy_upsampled_backward", &upsampled_backward);
-    if constexpr (requires { &Backend::once; }) m.impl("_region_cross_entropy_once", &once);
+    m.impl("region_cross_entropy", &forward);
+    m.impl("_region_cross_entropy_backward", &backward);
+    if constexpr (requires { &Backend::loss_and_gradient; })
+      m.impl("_region_cross_entropy_loss_and_gradient", &loss_and_gradient);
   }
 
  private:
-  static constexpr const char* kPlain = "region_cross_entropy";
-  static constexpr const char* kUpsampled = "region_cross_entropy_upsampled";
+  // The public function that users know.
+  static const char* name_of(std::optional<bool> align_corners) {
+    return align_corners ? "region_cross_entropy_upsampled" : "region_cross_entropy";
+  }
 
   // Params with the class weights attached; `dense_weight` owns them.
-  static kernels::RegionCrossEntropyParams make_params(const char* op, const Tensor& input,
-                                                       const Tensor& target, const OptionalTensor& weight,
+  static kernels::RegionCrossEntropyParams make_params(const Tensor& input, const Tensor& target,
+                                                       const OptionalTensor& weight,
                                                        std::optional<bool> align_corners,
                                                        const RegionOptions& options, Tensor& dense_weight) {
-    auto params = region_cross_entropy_params(op, input, target, weight, align_corners, options);
+    auto params =
+        region_cross_entropy_params(name_of(align_corners), input, target, weight, align_corners, options);
     if (weight) {
       dense_weight = weight->contiguous();
       params.class_weight = dense_weight.const_data_ptr();
@@ -81,22 +83,32 @@ class RegionCrossEntropyOps {
     return grad_input;
   }
 
-  static Outputs forward(const char* op, const Tensor& input, const Tensor& target,
-                         const OptionalTensor& weight, std::optional<bool> align_corners,
-                         const RegionOptions& options, bool agreement) {
+  static Outputs forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                         std::optional<bool> align_corners, Ints kernel_size, Ints stride, Floats spacing,
+                         double sigma, double p, Word merge, Word normalize, Ints ignore_index,
+                         double label_smoothing, Word reduction, bool agreement) {
     Tensor dense_weight;
-    const auto params = make_params(op, input, target, weight, align_corners, options, dense_weight);
+    const auto params = make_params(
+        input, target, weight, align_corners,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+        dense_weight);
     const RegionOutputs out = region_cross_entropy_outputs(params, input, target, agreement);
-    Backend::forward(op, input, params, state_of(out));
+    Backend::forward(name_of(align_corners), input, params, state_of(out));
     return {out.value, out.normalizer, out.losses, out.lse, out.agreement};
   }
 
-  static Tensor backward(const char* op, const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
+  static Tensor backward(const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
                          const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                          std::optional<bool> align_corners, const Tensor& value, const Tensor& normalizer,
-                         const Tensor& losses, const Tensor& lse, const RegionOptions& options) {
+                         const Tensor& losses, const Tensor& lse, Ints kernel_size, Ints stride,
+                         Floats spacing, double sigma, double p, Word merge, Word normalize,
+                         Ints ignore_index, double label_smoothing, Word reduction) {
+    const char* const op = name_of(align_corners);
     Tensor dense_weight;
-    const auto params = make_params(op, input, target, weight, align_corners, options, dense_weight);
+    const auto params = make_params(
+        input, target, weight, align_corners,
+        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
+        dense_weight);
     auto grad =
         region_cross_entropy_grad(op, params, grad_value, grad_losses, input, value, normalizer, losses, lse);
     Tensor grad_input = grad_input_of(input, grad);
@@ -110,63 +122,21 @@ class RegionCrossEntropyOps {
     return grad_input;
   }
 
-  static Outputs once(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                      Ints kernel_size, Ints stride, Floats spacing, double sigma, double p, Word merge,
-                      Word normalize, Ints ignore_index, double label_smoothing, Word reduction) {
+  static Outputs loss_and_gradient(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                   Ints kernel_size, Ints stride, Floats spacing, double sigma, double p,
+                                   Word merge, Word normalize, Ints ignore_index, double label_smoothing,
+                                   Word reduction) {
     Tensor dense_weight;
     const auto params = make_params(
-        kPlain, input, target, weight, std::nullopt,
+        input, target, weight, std::nullopt,
         {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
         dense_weight);
     const RegionOutputs out = region_cross_entropy_outputs(params, input, target, /*agreement=*/false);
     kernels::RegionCrossEntropyGrad grad;
     Tensor grad_input = grad_input_of(input, grad);
-    const double factor = Backend::once(kPlain, params, state_of(out), grad);
+    const double factor = Backend::loss_and_gradient(name_of(std::nullopt), params, state_of(out), grad);
     if (factor != 1) Backend::scale(grad_input, factor);
     return {out.value, out.normalizer, out.losses, out.lse, grad_input};
-  }
-
-  static Outputs plain(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                       Ints kernel_size, Ints stride, Floats spacing, double sigma, double p, Word merge,
-                       Word normalize, Ints ignore_index, double label_smoothing, Word reduction,
-                       bool agreement) {
-    return forward(
-        kPlain, input, target, weight, std::nullopt,
-        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
-        agreement);
-  }
-
-  static Outputs upsampled(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                           bool align_corners, Ints kernel_size, Ints stride, Floats spacing, double sigma,
-                           double p, Word merge, Word normalize, Ints ignore_index, double label_smoothing,
-                           Word reduction, bool agreement) {
-    return forward(
-        kUpsampled, input, target, weight, align_corners,
-        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction},
-        agreement);
-  }
-
-  static Tensor plain_backward(const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
-                               const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                               const Tensor& value, const Tensor& normalizer, const Tensor& losses,
-                               const Tensor& lse, Ints kernel_size, Ints stride, Floats spacing, double sigma,
-                               double p, Word merge, Word normalize, Ints ignore_index,
-                               double label_smoothing, Word reduction) {
-    return backward(
-        kPlain, grad_value, grad_losses, input, target, weight, std::nullopt, value, normalizer, losses, lse,
-        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
-  }
-
-  static Tensor upsampled_backward(const OptionalTensor& grad_value, const OptionalTensor& grad_losses,
-                                   const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                   bool align_corners, const Tensor& value, const Tensor& normalizer,
-                                   const Tensor& losses, const Tensor& lse, Ints kernel_size, Ints stride,
-                                   Floats spacing, double sigma, double p, Word merge, Word normalize,
-                                   Ints ignore_index, double label_smoothing, Word reduction) {
-    return backward(
-        kUpsampled, grad_value, grad_losses, input, target, weight, align_corners, value, normalizer, losses,
-        lse,
-        {kernel_size, stride, spacing, sigma, p, merge, normalize, ignore_index, label_smoothing, reduction});
   }
 };
 

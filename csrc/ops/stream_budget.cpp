@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "kernels/truth.h"
+#include "kernels/packing/truth.h"
 
 namespace dynplan {
 namespace {

@@ -11,7 +11,7 @@
 
 #include <mutex>
 
-#include "kernels/stream_budget.h"
+#include "kernels/planning/stream_budget.h"
 
 namespace dynplan {
 

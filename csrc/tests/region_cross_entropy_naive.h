@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "kernels/region_cross_entropy.h"
+#include "kernels/region_cross_entropy/params.h"
 
 namespace dynplan::kernels {
 

@@ -1,4 +1,4 @@
-#include "kernels/build_dispatch.h"
+#include "kernels/packing/build_dispatch.h"
 
 #include <random>
 #include <vector>

@@ -1,7 +1,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/build_dispatch.cuh"
+#include "kernels/packing/cuda/build_dispatch.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 #include "tests/threads.h"

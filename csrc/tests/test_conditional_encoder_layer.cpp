@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/checks.h"
+#include "kernels/encoder/conditional_encoder_layer.h"
 #include "tests/check.h"
 #include "tests/threads.h"
 

@@ -3,7 +3,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/conditional_encoder_layer.cuh"
+#include "kernels/encoder/cuda/layer.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 

@@ -2,8 +2,8 @@
 #include <random>
 #include <vector>
 
-#include "kernels/embed_tokens.h"
-#include "kernels/pack.h"
+#include "kernels/encoder/embed_tokens.h"
+#include "kernels/packing/pack.h"
 #include "tests/check.h"
 #include "tests/threads.h"
 

@@ -1,4 +1,4 @@
-#include "kernels/pack.h"
+#include "kernels/packing/pack.h"
 
 #include <random>
 #include <vector>

@@ -2,7 +2,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/pack.cuh"
+#include "kernels/packing/cuda/pack.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "kernels/encoder/checks.h"
-#include "kernels/reduced_encoder.h"
+#include "kernels/encoder/reduced_encoder.h"
 #include "tests/check.h"
 #include "tests/threads.h"
 

@@ -3,7 +3,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy/cpu.h"
 #include "tests/check.h"
 #include "tests/region_cross_entropy_naive.h"
 #include "tests/threads.h"
@@ -52,7 +52,7 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
   params.label_smoothing = c.smoothing;
   params.merge = c.merge;
   params.normalize = c.normalize;
-  params.logit = sizeof(T) == 8 ? RegionLogit::f64 : RegionLogit::f32;
+  params.logit = sizeof(T) == 8 ? RegionDtype::f64 : RegionDtype::f32;
   params.input = input.data();
   params.target = target.data();
   params.class_weight = weight.data();
@@ -115,7 +115,7 @@ void against_naive(const Case& c, CpuIsa isa, unsigned seed) {
   grad.grad_input = both.data();
   RegionBadLabel bad;
   value = poison;
-  const double factor = upstream * kernels.once(params, state, grad, bad, dynplan::test::threads);
+  const double factor = upstream * kernels.loss_and_gradient(params, state, grad, bad, dynplan::test::threads);
   EXPECT(!bad.found && close(value, expected.value, tolerance));
   same = true;
   for (size_t i = 0; i < both.size(); ++i)

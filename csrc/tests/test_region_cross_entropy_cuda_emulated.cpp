@@ -2,7 +2,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/region_cross_entropy_launch.cuh"
+#include "kernels/region_cross_entropy/cuda/launch.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 #include "tests/region_cross_entropy_naive.h"
@@ -41,10 +41,10 @@ double tolerance() {
 }
 
 template <typename T>
-constexpr RegionLogit kLogit = std::is_same_v<T, double>   ? RegionLogit::f64
-                               : std::is_same_v<T, float>  ? RegionLogit::f32
-                               : std::is_same_v<T, __half> ? RegionLogit::f16
-                                                           : RegionLogit::bf16;
+constexpr RegionDtype kLogit = std::is_same_v<T, double>   ? RegionDtype::f64
+                               : std::is_same_v<T, float>  ? RegionDtype::f32
+                               : std::is_same_v<T, __half> ? RegionDtype::f16
+                                                           : RegionDtype::bf16;
 template <typename L>
 constexpr RegionLabel kLabel = std::is_same_v<L, uint8_t>   ? RegionLabel::u8
                                : std::is_same_v<L, int8_t>  ? RegionLabel::i8
@@ -137,7 +137,7 @@ class Problem {
     p_.class_weight = c_.weighted ? weight.get() : nullptr;
     p_.target_stride[3] = 1, p_.target_stride[2] = c_.size[2], p_.target_stride[1] = c_.size[1] * c_.size[2];
     p_.target_stride[0] = c_.size[0] * p_.target_stride[1];
-    p_.low[0] = c_.low[0], p_.low[1] = c_.low[1], p_.align_corners = c_.align_corners;
+    p_.input_size[0] = c_.low[0], p_.input_size[1] = c_.low[1], p_.align_corners = c_.align_corners;
 
     DeviceBuffer<RegionPartial> partials(region_partials(p_));
     const RegionCrossEntropyState state{losses.get(), lse.get(), agreement.get(), value.get(),

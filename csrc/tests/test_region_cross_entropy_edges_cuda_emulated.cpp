@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/region_cross_entropy_launch.cuh"
+#include "kernels/region_cross_entropy/cuda/launch.cuh"
 #include "tests/check.h"
 #include "tests/cuda_emulation/device_buffer.h"
 
@@ -82,7 +82,7 @@ void no_pixels() {
   DeviceBuffer<float> input(std::vector<float>(12, 1.f)), grad_input(12);
   DeviceBuffer<int64_t> target(0);
   RegionCrossEntropyParams p = four_by_four(2, input.get(), target.get());
-  p.size[1] = p.anchors[1] = 0, p.low[0] = 2, p.low[1] = 3;
+  p.size[1] = p.anchors[1] = 0, p.input_size[0] = 2, p.input_size[1] = 3;
   p.input_stride[3] = 3, p.input_stride[1] = 6, p.input_stride[0] = 12;
   const Outputs out(0);
   EXPECT(out.forward(p) == cudaSuccess && out.value.host()[0] == 0 && out.normalizer.host()[0] == 0);

@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from dynplan._library import find_op
 from dynplan.ops.region_minkowski import mean_over_ranks
 
 _region_cross_entropy = find_op("region_cross_entropy")
-_region_cross_entropy_upsampled = find_op("region_cross_entropy_upsampled")
-_region_cross_entropy_once = find_op("_region_cross_entropy_once")
+_backward = find_op("_region_cross_entropy_backward")
+_loss_and_gradient = find_op("_region_cross_entropy_loss_and_gradient")
 
 
 class RegionStats(NamedTuple):
@@ -149,8 +149,8 @@ def run(
     align_corners, agreement, process_group, input, target, weight, kernel_size, stride, spacing, sigma, p,
     merge, normalize, ignore_index, label_smoothing, reduction,
 ) -> RegionStats:  # fmt: skip
-    """Calls the op, or its upsampled twin unless ``align_corners`` is None, in the schemas' terms."""
-    op = "region_cross_entropy" if align_corners is None else "region_cross_entropy_upsampled"
+    """Calls the op in its schema's terms. ``align_corners``: None where ``input`` has the labels' size."""
+    op = _name(align_corners)
     for argument, value in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(value, Tensor) and not (value is None and argument == "weight"):
             raise TypeError(f"{op}: expected {argument} to be a tensor, got {type(value).__name__}")
@@ -175,39 +175,18 @@ def run(
         float(label_smoothing),
         "sum" if reduction == "sum" else "mean",
     )
-    if align_corners is not None:
-        call = _UpsampledFunction.apply if _transformed() else _region_cross_entropy_upsampled
-        outputs = call(input, target, weight, align_corners, *options, agreement)
-    elif _transformed():
-        outputs = _PlainFunction.apply(input, target, weight, *options, agreement)
-    elif agreement or reduction == "none" or not _gradient_at_once(input, merge, options):
-        outputs = _region_cross_entropy(input, target, weight, *options, agreement)
+    arguments = (input, target, weight, align_corners, *options, agreement)
+    if torch.compiler.is_compiling():  # which traces the op; its autograd is the same function
+        outputs = _region_cross_entropy(*arguments)
     else:
-        outputs = _region_cross_entropy_once(input, target, weight, *options)
-    loss, normalizer, losses, _, counts = outputs
+        at_once = align_corners is None and not agreement and reduction != "none"
+        outputs = _Loss.apply(*arguments, at_once and _gradient_at_once(input, merge, options))
+    loss, normalizer, losses, _, counts = outputs[:5]
     if reduction == "none":
         loss = losses
     elif process_group is not None:
         loss = mean_over_ranks(loss, normalizer, p, process_group)
     return RegionStats(loss, normalizer, losses, counts)
-
-
-def _gradient_at_once(input: Tensor, merge: str, options: tuple) -> bool:
-    """Whether the gradient will be wanted and costs least when it is made with the loss: on CPU in float32.
-
-    (A gradient in 16 bits would be rounded twice. Graphs that are traced keep forward and backward apart.)
-    """
-    _, stride, *_, label_smoothing, _ = options
-    return (
-        input.requires_grad
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and input.device.type == "cpu"
-        and input.dtype == torch.float32
-        and merge == "logits"
-        and label_smoothing == 0
-        and stride.count(1) == len(stride)
-    )
 
 
 def _numbers(op: str, argument: str, value, count: int, number: Callable) -> list:
@@ -223,67 +202,119 @@ def _numbers(op: str, argument: str, value, count: int, number: Callable) -> lis
         raise TypeError(f"{op}: expected {argument} to be one or several {kind}, got {value!r}") from None
 
 
-def _transformed() -> bool:
-    """Whether a :mod:`torch.func` transform or forward-mode differentiation is on. Autograd that is
-    registered with torch.library refuses the former and drops the tangents of the latter."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+def _name(align_corners: bool | None) -> str:
+    """The public function that an error is to name."""
+    return "region_cross_entropy" if align_corners is None else "region_cross_entropy_upsampled"
 
 
-def _function(op: str, call: Callable, setup_context: Callable, backward: Callable) -> type[Function]:
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(f"{op}: forward-mode differentiation is not implemented")
+class _Loss(Function):
+    """The op and its autograd. Arguments are the schema's and ``at_once``: whether the gradient of the value
+    is made in the same pass, as a sixth output. The form with a ``setup_context`` serves torch.func as well.
+    """
 
-    methods = {"forward": call, "setup_context": setup_context, "backward": backward, "jvp": jvp}
-    static = {name: staticmethod(method) for name, method in methods.items()}
-    return type(op, (Function,), static | {"generate_vmap_rule": True})
+    generate_vmap_rule = True
 
+    @staticmethod
+    def forward(input, target, weight, align_corners, *rest):
+        *options, agreement, at_once = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            if not at_once:
+                return _region_cross_entropy(input, target, weight, align_corners, *options, agreement)
+            *state, gradient = _loss_and_gradient(input, target, weight, *options)
+        return *state, input.new_empty(0, dtype=torch.int16), gradient
 
-def _register(op: str, extra: int) -> type[Function]:
-    """Fakes and autograd of ``dynplan::<op>``, whose schema has ``extra`` arguments between weight and
-    OPTIONS, and of its backward. Returns the same as a function that torch.func's transforms take."""
-    backward_op = find_op(f"_{op}_backward")
-
-    def fake(input: Tensor, target: Tensor, weight: Tensor | None, *rest):
-        state = _fake_state(op, input, target, *rest[extra : extra + 2], merge=rest[extra + 5])
-        agreement = input.new_empty(state[2].shape if rest[-1] else (0,), dtype=torch.int16)
-        return *state, agreement
-
+    @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        value, normalizer, losses, lse, agreement = output
+        value, normalizer, losses, lse, agreement, *gradient = output
         ctx.save_for_backward(*inputs[:3], value, normalizer, losses, lse)
-        ctx.rest = inputs[3:-1]
-        ctx.mark_non_differentiable(normalizer, lse, agreement)
+        ctx.gradient = gradient[0] if gradient else None
+        ctx.options = inputs[3:-2]
+        ctx.mark_non_differentiable(normalizer, lse, agreement, *gradient)
         ctx.set_materialize_grads(False)
 
-    def backward_by(call: Callable) -> Callable:
-        def backward(ctx, grad_value, _normalizer, grad_losses, *_):
-            inputs, state = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-            grad = None
-            if grad_value is not None or grad_losses is not None:
-                grad = call(grad_value, grad_losses, *inputs, *ctx.rest[:extra], *state, *ctx.rest[extra:])
-            return grad, *[None] * (len(ctx.rest) + 3)
+    @staticmethod
+    def backward(ctx, grad_value, _normalizer, grad_losses, *_):
+        inputs, state = ctx.saved_tensors[:3], ctx.saved_tensors[3:]  # here changed logits are noticed
+        align_corners, *options = ctx.options
+        kept, grad = ctx.gradient, None
+        usable = kept is not None and grad_losses is None and not torch.is_grad_enabled()
+        if grad_value is None and grad_losses is None:
+            pass
+        elif usable and _is_batched(grad_value):
+            grad = grad_value * kept  # several at once, each with a gradient of its own
+        elif usable:
+            # Handed out once; who receives it may write to it.
+            ctx.gradient, grad = None, kept if grad_value.item() == 1 else kept.mul_(grad_value)
+        else:
+            ctx.gradient = None
+            grad = _Gradient.apply(grad_value, grad_losses, *inputs, align_corners, *state, *options)
+        return grad, *[None] * (len(ctx.options) + 4)
 
-        return backward
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(f"{_name(ctx.options[0])}: forward-mode differentiation is not implemented")
 
-    def refuse(ctx, grad):
-        raise NotImplementedError(f"{op}: a second derivative is not implemented")
 
-    torch.library.register_fake(f"dynplan::{op}", fake)
-    torch.library.register_fake(
-        f"dynplan::_{op}_backward", lambda grad_value, grad_losses, input, *_: torch.empty_like(input)
+class _Gradient(Function):
+    """The backward op, whose own derivative is refused."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.name = _name(inputs[5])
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError(f"{ctx.name}: a second derivative is not implemented")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(f"{ctx.name}: forward-mode differentiation is not implemented")
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def _gradient_at_once(input: Tensor, merge: str, options: tuple) -> bool:
+    """Whether the gradient will be wanted and costs least when it is made with the loss: on CPU in float32.
+    (A gradient in 16 bits would be rounded twice.)
+    """
+    _, stride, *_, label_smoothing, _ = options
+    return (
+        input.requires_grad
+        and torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and merge == "logits"
+        and label_smoothing == 0
+        and stride.count(1) == len(stride)
     )
-    torch.library.register_autograd(f"dynplan::{op}", backward_by(backward_op), setup_context=setup_context)
-    torch.library.register_autograd(f"dynplan::_{op}_backward", refuse)
-    gradient = _function(op, backward_op, lambda ctx, inputs, output: None, refuse)
-    return _function(op, find_op(op), setup_context, backward_by(gradient.apply))
 
 
-def _fake_once(input: Tensor, target: Tensor, weight: Tensor | None, *options):
-    """Of ``dynplan::_region_cross_entropy_once``, whose autograd is in C++."""
-    state = _fake_state("region_cross_entropy", input, target, *options[:2], merge=options[5])
+@torch.library.register_fake("dynplan::region_cross_entropy")
+def _fake(input: Tensor, target: Tensor, weight: Tensor | None, align_corners, *rest):
+    state = _fake_state(_name(align_corners), input, target, *rest[:2], merge=rest[5])
+    return *state, input.new_empty(state[2].shape if rest[-1] else (0,), dtype=torch.int16)
+
+
+@torch.library.register_fake("dynplan::_region_cross_entropy_loss_and_gradient")
+def _fake_loss_and_gradient(input: Tensor, target: Tensor, weight: Tensor | None, *options):
+    state = _fake_state(_name(None), input, target, *options[:2], merge=options[5])
     return *state, torch.empty_like(input)
+
+
+@torch.library.register_fake("dynplan::_region_cross_entropy_backward")
+def _fake_backward(grad_value: Tensor | None, grad_losses: Tensor | None, input: Tensor, *_):
+    return torch.empty_like(input)
 
 
 def _fake_state(op: str, input: Tensor, target: Tensor, kernel_size, stride, *, merge: str):
@@ -318,6 +349,7 @@ def _check_shapes(op: str, input: Tensor, target: Tensor, *lengths: int) -> None
     )
 
 
-_PlainFunction = _register("region_cross_entropy", extra=0)
-_UpsampledFunction = _register("region_cross_entropy_upsampled", extra=1)
-torch.library.register_fake("dynplan::_region_cross_entropy_once", _fake_once)
+# The autograd of the ops themselves. (torch.library.register_autograd refuses torch.func's transforms.)
+_autograd = torch.library.Library("dynplan", "IMPL")
+_autograd.impl("region_cross_entropy", lambda *arguments: _Loss.apply(*arguments, False), "Autograd")
+_autograd.impl("_region_cross_entropy_backward", _Gradient.apply, "Autograd")

@@ -35,10 +35,10 @@ def region_cross_entropy_upsampled(
         input: (N, C, h, w) logits, as in :func:`~dynplan.ops.region_cross_entropy`; meant for 2 to 8 times
             fewer pixels an axis than ``target`` has, right for any size.
         target: (N, H, W) or (N, 1, H, W) labels.
+        kernel_size, sigma, stride, p, merge, normalize, weight, ignore_index, label_smoothing: as in
+            :func:`~dynplan.ops.region_cross_entropy`, in pixels of ``target``.
+        reduction, spacing, process_group: as there.
         align_corners: as in :func:`torch.nn.functional.interpolate`.
-        kernel_size, sigma, stride, p, merge, normalize, weight, ignore_index, label_smoothing, reduction,
-        spacing,
-            process_group: as in :func:`~dynplan.ops.region_cross_entropy`, in pixels of ``target``.
 
     Returns:
         As :func:`~dynplan.ops.region_cross_entropy`; anchors are pixels of ``target``.

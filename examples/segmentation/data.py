@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+KINDS = ("images", "masks")
+
 
 class Classes(NamedTuple):
     """``names`` of the learned classes, display ``colours`` uint8 (256, 3) by id, and the void id."""
@@ -82,9 +84,25 @@ def load_split(path: Path, size: tuple[int, int], progress: bool = True) -> Spli
     Raises:
         ValueError: no image, an image without a mask, masks in colours, or masks of several sizes.
     """
+    return _scale(path, _pairs(path), size, progress)
+
+
+def load_frames(images: Path, masks: Path, size: tuple[int, int], progress: bool = True) -> Split:
+    """:func:`load_split` of two folders: ``images`` with NAME.jpg or .png, ``masks`` with NAME.png."""
+    members = {
+        f"{kind}/{p.name}": p
+        for kind, folder in zip(KINDS, (images, masks), strict=True)
+        for p in folder.iterdir()
+    }
+    return _scale(images, _decode(images, set(members), lambda m: members[m].read_bytes()), size, progress)
+
+
+def _scale(
+    path: Path, pairs: Iterator[tuple[str, Image.Image, Image.Image]], size: tuple[int, int], progress: bool
+) -> Split:
     height, width = size
     names, images, labels, full_labels = [], [], [], []
-    for name, image, mask in tqdm(_pairs(path), desc=path.name, unit="image", disable=not progress):
+    for name, image, mask in tqdm(pairs, desc=path.name, unit="image", disable=not progress):
         names.append(name)
         if len(mask.getbands()) > 1:
             raise ValueError(f"{path}: expected masks of class ids, got mode {mask.mode} for {name}")

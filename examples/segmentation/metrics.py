@@ -1,8 +1,7 @@
-"""Scores of a segmentation: intersection over union, and F-score of the boundaries."""
+"""Scores of a segmentation: intersection over union, F-score of the boundaries, calibration."""
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 
 class Scores:
@@ -15,35 +14,44 @@ class Scores:
     (BMVC 2013), with two choices of ours: distance is the chessboard distance, and matches are counted over
     the split before the ratio is taken, so that a class missing from an image needs no convention.
 
+    The calibration error is that of Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), over
+    pixels, with 15 bins.
+
     Args:
-        classes: number of classes.
+        classes: number of classes, at most 63.
         ignore_id: label of void pixels.
-        tolerance: chessboard distance, in pixels, at which a boundary pixel still counts as found; None
-            leaves the boundaries out, which cost more than all the rest.
+        tolerance: chessboard distance, in pixels, at which a boundary pixel still counts as found.
     """
 
-    def __init__(self, classes: int, ignore_id: int, tolerance: int | None = 2):
+    BINS = 15
+
+    def __init__(self, classes: int, ignore_id: int, tolerance: int = 3):
         self.classes, self.ignore_id, self.tolerance = classes, ignore_id, tolerance
+        self.bins = torch.zeros(3, self.BINS, dtype=torch.float64)  # pixels, right ones, sum of confidences
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # (label, prediction)
         self.predicted = torch.zeros(2, classes, dtype=torch.float64)  # boundary pixels: matched, all
         self.labelled = torch.zeros(2, classes, dtype=torch.float64)
 
-    def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Add predictions and labels, both integer (N, H, W); predictions in 0..classes-1."""
+    def update(self, probabilities: Tensor, label: Tensor) -> None:
+        """Add probabilities (N, classes, H, W) and integer labels (N, H, W)."""
+        confidence, prediction = probabilities.max(1)
         valid = label != self.ignore_id
+        bins = (confidence[valid] * self.BINS).long().clamp(max=self.BINS - 1)
+        right = (prediction == label)[valid].double()
+        for row, weights in zip(self.bins, (None, right, confidence[valid].double()), strict=True):
+            row += torch.bincount(bins, weights, minlength=self.BINS)
         pair = label[valid].long() * self.classes + prediction[valid].long()
         self.confusion += torch.bincount(pair, minlength=self.classes**2).view(self.classes, self.classes)
 
-        if self.tolerance is None:
-            return
-        found = self._boundaries(prediction, valid)
-        true = self._boundaries(label, valid)
-        width = 2 * self.tolerance + 1
-        for count, boundary, other in ((self.predicted, found, true), (self.labelled, true, found)):
-            reach = max_pool2d(other, (width, 1), stride=1, padding=(self.tolerance, 0))
-            reach = max_pool2d(reach, (1, width), stride=1, padding=(0, self.tolerance))
-            count[0] += (boundary * reach).sum((0, 2, 3))
-            count[1] += boundary.sum((0, 2, 3))
+        found, true = self._edges(prediction, valid), self._edges(label, valid)
+        for count, map_, edge, other, other_edge in (
+            (self.predicted, prediction, found, label, true),
+            (self.labelled, label, true, prediction, found),
+        ):
+            classes = map_[edge].long()
+            matched = (self._near(other.long(), other_edge)[edge] >> classes) & 1
+            count[0] += torch.bincount(classes, matched.double(), minlength=self.classes)
+            count[1] += torch.bincount(classes, minlength=self.classes)
 
     def iou(self) -> Tensor:
         """float64 (classes,); NaN for a class that is neither labelled nor predicted."""
@@ -61,21 +69,25 @@ class Scores:
     def pixel_accuracy(self) -> float:
         return float(self.confusion.diagonal().sum() / self.confusion.sum())
 
+    def calibration_error(self) -> float:
+        """Mean distance of accuracy and confidence, weighed by a bin's pixels."""
+        pixels, right, confidence = self.bins
+        return float((right - confidence).abs().sum() / pixels.sum())
+
     def summary(self) -> dict:
         """Means over the classes that occur, and the scores per class, as JSON types, shares of 1."""
-        iou = self.iou()
-        summary = {
+        iou, boundary = self.iou(), self.boundary_f()
+        return {
             "miou": float(iou.nanmean()),
+            "boundary_f": float(boundary.nanmean()),
             "pixel_accuracy": self.pixel_accuracy(),
+            "calibration_error": self.calibration_error(),
             "iou_per_class": _finite(iou),
+            "boundary_f_per_class": _finite(boundary),
         }
-        if self.tolerance is not None:
-            boundary = self.boundary_f()
-            summary |= {"boundary_f": float(boundary.nanmean()), "boundary_f_per_class": _finite(boundary)}
-        return summary
 
-    def _boundaries(self, map_: Tensor, valid: Tensor) -> Tensor:
-        """float (N, classes, H, W): pixels of a class with a valid 4-neighbour of another class."""
+    def _edges(self, map_: Tensor, valid: Tensor) -> Tensor:
+        """bool (N, H, W): pixels with a valid 4-neighbour of another class."""
         edge = torch.zeros_like(valid)
         for axis in (1, 2):
             here, there = (map_.narrow(axis, start, map_.shape[axis] - 1) for start in (0, 1))
@@ -83,20 +95,19 @@ class Scores:
             change = (here != there) & next(both) & next(both)
             edge.narrow(axis, 0, change.shape[axis]).logical_or_(change)
             edge.narrow(axis, 1, change.shape[axis]).logical_or_(change)
-        ids = torch.arange(self.classes, device=map_.device)
-        return ((map_[:, None] == ids[:, None, None]) & edge[:, None]).float()
+        return edge
 
-
-def gradient_concentration(losses: Tensor, p: float, share: float = 0.9) -> float:
-    """Smallest fraction of windows that together carry ``share`` of the weight l**(p-1) of a Minkowski mean.
-
-    ``losses``: the valid windows' losses, any shape. ``share`` for p = 1, towards 0 when few windows rule the
-    gradient.
-    """
-    weights = losses.flatten().double().pow(p - 1).sort(descending=True).values
-    carried = weights.cumsum(0)
-    needed = int((carried < share * carried[-1]).sum()) + 1
-    return min(needed, weights.numel()) / max(weights.numel(), 1)
+    def _near(self, map_: Tensor, edge: Tensor) -> Tensor:
+        """int64 (N, H, W): a bit for each class that has an edge pixel within the tolerance."""
+        bits = torch.where(edge, torch.ones_like(map_) << map_, 0)
+        for axis in (1, 2):
+            spread = bits.clone()
+            for shift in range(1, min(self.tolerance, bits.shape[axis] - 1) + 1):
+                length = bits.shape[axis] - shift
+                spread.narrow(axis, 0, length).bitwise_or_(bits.narrow(axis, shift, length))
+                spread.narrow(axis, shift, length).bitwise_or_(bits.narrow(axis, 0, length))
+            bits = spread
+        return bits
 
 
 def _finite(values: Tensor) -> list[float | None]:

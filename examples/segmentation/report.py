@@ -1,70 +1,104 @@
 """Tables of a study, as Markdown: mean and standard deviation over seeds, differences paired by seed."""
 
+import json
 import statistics
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
-from .train import LossOptions, describe
+from .losses import LossOptions
+from .study import CROSS_ENTROPY
 
 Row = dict
+
+SCORES: dict[str, Callable[[Row], float]] = {
+    "mIoU": lambda row: 100 * row["scores"]["miou"],
+    "boundary F": lambda row: 100 * row["scores"]["boundary_f"],
+    "pixel accuracy": lambda row: 100 * row["scores"]["pixel_accuracy"],
+    "calibration error": lambda row: 100 * row["scores"]["calibration_error"],
+}
 
 
 def by_loss(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows grouped by the name of their loss, in order of first appearance, seeds ascending."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(describe(LossOptions(**row["loss"])), []).append(row)
+        groups.setdefault(str(LossOptions(**row["loss"])), []).append(row)
     return {name: sorted(group, key=lambda row: row["seed"]) for name, group in groups.items()}
 
 
-def miou(row: Row) -> float:
-    return 100 * row["scores"]["miou"]
+def paired(rows: list[Row], baseline: list[Row]) -> np.ndarray:
+    """Differences of mIoU to the baseline's run of the same seed; seeds that only one has are left out."""
+    miou = SCORES["mIoU"]
+    reference = {row["seed"]: miou(row) for row in baseline}
+    return np.array([miou(row) - reference[row["seed"]] for row in rows if row["seed"] in reference])
 
 
-SCORES: dict[str, Callable[[Row], float]] = {
-    "mIoU": miou,
-    "boundary F": lambda row: 100 * row["scores"]["boundary_f"],
-    "pixel accuracy": lambda row: 100 * row["scores"]["pixel_accuracy"],
-    "mIoU, full resolution": lambda row: 100 * row["full_resolution_scores"]["miou"],
-}
-
-
-def paired(rows: list[Row], baseline: list[Row], score: Callable[[Row], float] = miou) -> np.ndarray:
-    """Differences to the baseline's run of the same seed; seeds that only one of them has are left out."""
-    reference = {row["seed"]: score(row) for row in baseline}
-    return np.array([score(row) - reference[row["seed"]] for row in rows if row["seed"] in reference])
-
-
-def comparison_table(rows: list[Row], baseline: str) -> str:
-    """One line per loss: every score, mIoU minus ``baseline``'s, and how many windows carry the gradient."""
+def loss_table(rows: list[Row]) -> str:
+    """One line per loss: every score, mIoU minus cross-entropy's, CPU time of a step and its loss, memory."""
     groups = by_loss(rows)
-    header = [
-        "loss",
-        "seeds",
-        *SCORES,
-        f"mIoU minus {baseline}",
-        "windows with 90 % of the gradient's weight",
-    ]
+    baseline = groups.get(str(CROSS_ENTROPY), [])
+    header = ["loss", "seeds", *SCORES, "mIoU minus cross-entropy", "step, CPU s", "loss, CPU s", "peak, MB"]
     lines = []
     for name, group in groups.items():
-        cells = [name, str(len(group)), *(spread([score(row) for row in group]) for score in SCORES.values())]
-        cells.append(
-            signed(paired(group, groups[baseline])) if baseline in groups and name != baseline else ""
+        lines.append(
+            [name, str(len(group)), *(spread([score(row) for row in group]) for score in SCORES.values())]
         )
-        cells.append(f"{100 * statistics.mean(row['gradient_concentration'] for row in group):.1f} %")
-        lines.append(cells)
+        lines[-1].append("" if group is baseline else signed(paired(group, baseline)))
+        for key, scale, digits in (
+            ("step_cpu_seconds", 1, 2),
+            ("loss_cpu_seconds", 1, 3),
+            ("peak_bytes", 1e-6, 0),
+        ):
+            lines[-1].append(f"{scale * statistics.median(row[key] for row in group):.{digits}f}")
     return table(header, lines)
 
 
-def class_table(rows: list[Row], classes: tuple[str, ...], score: str) -> str:
-    """One line per class, one column per loss, of ``iou_per_class`` or ``boundary_f_per_class``."""
-    groups = by_loss(rows)
+def class_table(rows: list[Row], classes: list[str]) -> str:
+    """One line per loss, one column per class, of IoU."""
     lines = []
-    for index, name in enumerate(classes):
-        values = [[row["scores"][score][index] for row in group] for group in groups.values()]
-        lines.append([name, *("" if None in v else spread([100 * x for x in v]) for v in values)])
-    return table(["class", *groups], lines)
+    for name, group in by_loss(rows).items():
+        values = zip(*(row["scores"]["iou_per_class"] for row in group), strict=True)
+        lines.append([name, *("" if None in v else f"{100 * statistics.mean(v):.1f}" for v in values)])
+    return table(["IoU, %", *classes], lines)
+
+
+def rate_table(rows: list[Row]) -> str:
+    """Cross-entropy's mIoU on the held-out part, by learning rate."""
+    found = sorted((row["settings"]["learning_rate"], SCORES["mIoU"](row)) for row in rows)
+    return table(["learning rate", "mIoU, held out"], [[f"{rate:g}", f"{miou:.2f}"] for rate, miou in found])
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """Every table of a study by its heading; parts without a run are left out."""
+    classes = rows[0]["classes"]
+    order = {str(loss): i for i, loss in enumerate(dict.fromkeys(LossOptions(**row["loss"]) for row in rows))}
+    found = {}
+    epochs = sorted({row["settings"]["epochs"] for row in rows})
+    for count in epochs:
+        part = [row for row in rows if row["settings"]["epochs"] == count]
+        held = [row for row in part if row["hold_out"]]
+        plain = [row for row in held if row["loss"]["kind"] == CROSS_ENTROPY.kind]
+        scored = sorted(
+            (r for r in part if not r["hold_out"]), key=lambda r: order[str(LossOptions(**r["loss"]))]
+        )
+        if len(plain) > 1:
+            found[f"Learning rates of cross-entropy, {count} epochs"] = rate_table(plain)
+        if len(held) > len(plain):
+            rate = scored[0]["settings"]["learning_rate"] if scored else None
+            shown = [row for row in held if rate is None or row["settings"]["learning_rate"] == rate]
+            found[f"Held-out part of the training drives, {count} epochs"] = loss_table(shown)
+        if scored:
+            found[f"Validation frames, {count} epochs"] = loss_table(scored)
+            found[f"Validation frames, {count} epochs, by class"] = class_table(scored, classes)
+    return found
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = ",\n".join(json.dumps(_rounded(row), ensure_ascii=False) for row in rows)
+    path.write_text(f"[\n{text}\n]\n")
 
 
 def spread(values: list[float]) -> str:
@@ -79,7 +113,7 @@ def signed(differences: np.ndarray) -> str:
     if len(differences) == 0:
         return ""
     if len(differences) == 1:
-        return f"{differences[0]:+.2f} (n = 1)"
+        return f"{differences[0]:+.2f}"
     wins = int((differences > 0).sum())
     spread_of_them = f"{differences.mean():+.2f} ± {differences.std(ddof=1):.2f}"
     return f"{spread_of_them} ({wins} of {len(differences)} seeds above 0)"
@@ -88,3 +122,13 @@ def signed(differences: np.ndarray) -> str:
 def table(header: list[str], lines: list[list[str]]) -> str:
     bar = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, bar, *lines])
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return value

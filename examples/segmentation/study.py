@@ -1,133 +1,86 @@
-"""The study: which runs it is made of, and a file of their results that a stopped study continues from."""
+"""The study: which runs it is made of. A run is one ``train`` command in a process of its own."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from .data import Classes, Split, hold_out
-from .train import LossOptions, Settings, describe, fit
+from .losses import LossOptions
 
 CROSS_ENTROPY = LossOptions("cross-entropy")
-REGION = LossOptions()
-PLAIN_MEAN = REGION._replace(p=1.0)
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RIVALS = tuple(LossOptions(kind) for kind in ("weighted", "ohem", "focal", "dice", "lovasz"))
+REGIONS = (
+    *(LossOptions(kernel_size=5, p=p) for p in (1.0, 2.0, 3.0, 5.0)),
+    *(LossOptions(kernel_size=k, p=2.0) for k in (1, 3, 7)),
+    LossOptions(kernel_size=5, p=2.0, cross_entropy_share=0.5),
+    LossOptions(kernel_size=5, p=3.0, warm_up=0.5),
+)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 
 
 class Job(NamedTuple):
-    """One run of a part of the study. ``held_out``: fit on a part of train and score on the rest of it."""
+    """One run. ``hold_out``: fit on four fifths of each training drive and score on the rest of it."""
 
-    part: str
     loss: LossOptions
-    settings: Settings
+    learning_rate: float
+    epochs: int
     seed: int
-    held_out: bool = False
+    hold_out: bool
 
-    def key(self) -> str:
-        return json.dumps(
-            [self.part, self.loss._asdict(), self.settings._asdict(), self.seed, self.held_out], default=list
-        )
+    def name(self) -> str:
+        loss = "-".join(f"{value}" for value in self.loss) if self.loss.kind == "region" else self.loss.kind
+        part = "held-out" if self.hold_out else "val"
+        return f"{part}-{loss}-rate{self.learning_rate:g}-epochs{self.epochs}-seed{self.seed}"
 
-
-def learning_rate_jobs(settings: Settings) -> list[Job]:
-    """The same budget for both kinds of loss: every learning rate once, scored on a slice of train."""
-    return [
-        Job("learning-rate", loss, settings._replace(learning_rate=rate), seed=0, held_out=True)
-        for rate in LEARNING_RATES
-        for loss in (CROSS_ENTROPY, REGION)
-    ]
+    def arguments(self) -> list[str]:
+        options = {**self.loss._asdict(), **self._asdict()}
+        options["loss"] = options.pop("kind")
+        hold_out = options.pop("hold_out")
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        return words + ["--hold-out"] * hold_out
 
 
-def main_jobs(settings: Settings, rates: dict[str, float], seeds: int) -> list[Job]:
-    """Plain cross-entropy, the region loss with its defaults, and the region loss with a plain mean."""
-    return [
-        Job("main", loss, settings._replace(learning_rate=rate_for(loss, rates)), seed)
-        for seed in range(seeds)
-        for loss in (CROSS_ENTROPY, REGION, PLAIN_MEAN)
-    ]
+def rate_jobs(epochs: int) -> list[Job]:
+    """Cross-entropy at every learning rate, scored on the held-out part of train."""
+    return [Job(CROSS_ENTROPY, rate, epochs, seed=0, hold_out=True) for rate in LEARNING_RATES]
 
 
-def ablation_losses(base: LossOptions) -> list[LossOptions]:
-    """One factor changed at a time from ``base``, without the losses that the main part runs."""
-    grid = {
-        "p": (1.0, 2.0, 5.0),
-        "kernel_size": (1, 3, 5, 7),
-        "sigma": (0.5, 1.0, 2.0),
-        "normalize": ("weight", "count"),
-        "merge": ("logits", "probs"),
-    }
-    changed = [base._replace(**{name: value}) for name, values in grid.items() for value in values]
-    same_as_cross_entropy = base._replace(kernel_size=1, p=1.0)
-    return [
-        loss for loss in dict.fromkeys(changed) if loss not in (REGION, PLAIN_MEAN, same_as_cross_entropy)
-    ]
+def jobs_of(part: str, rate: float, epochs: int, seed: int) -> list[Job]:
+    """Every loss at the rate chosen for cross-entropy: "choose" on the held-out part, "main" on val."""
+    losses = (CROSS_ENTROPY, *RIVALS, *REGIONS)
+    return [Job(loss, rate, epochs, seed, hold_out=part == "choose") for loss in losses]
 
 
-def ablation_jobs(
-    part: str, base: LossOptions, settings: Settings, rates: dict[str, float], seeds: int
-) -> list[Job]:
-    """One factor changed at a time from ``base``, at the learning rate of ``base``."""
-    settings = settings._replace(learning_rate=rate_for(base, rates))
-    return [Job(part, loss, settings, seed) for seed in range(seeds) for loss in ablation_losses(base)]
-
-
-def chosen_rates(rows: list[dict]) -> dict[str, float]:
-    """For each kind of loss, the learning rate of the best held-out mIoU.
+def chosen_rate(rows: list[dict], epochs: int) -> float:
+    """The learning rate of cross-entropy's best mIoU on the held-out part.
 
     Raises:
-        ValueError: the learning-rate part has not been run for both kinds.
+        ValueError: a rate has not been run.
     """
-    best: dict[str, tuple[float, float]] = {}
-    for row in rows:
-        if row["part"] == "learning-rate":
-            candidate = (row["scores"]["miou"], row["settings"]["learning_rate"])
-            kind = row["loss"]["kind"]
-            best[kind] = max(best.get(kind, candidate), candidate)
-    missing = [loss.kind for loss in (CROSS_ENTROPY, REGION) if loss.kind not in best]
+    found = {row["name"]: row for row in rows}
+    names = {job.name(): job.learning_rate for job in rate_jobs(epochs)}
+    missing = [name for name in names if name not in found]
     if missing:
-        raise ValueError(
-            f"expected learning-rate runs of both kinds of loss, got none of {', '.join(missing)}"
-        )
-    return {kind: rate for kind, (_, rate) in best.items()}
+        raise ValueError(f"expected runs of every learning rate, got none of {', '.join(missing)}")
+    return names[max(names, key=lambda name: found[name]["scores"]["miou"])]
 
 
-def rate_for(loss: LossOptions, rates: dict[str, float]) -> float:
-    """A plain mean spreads the gradient as cross-entropy does, and takes the rate chosen for that."""
-    return rates[CROSS_ENTROPY.kind if loss.p == 1 else loss.kind]
+def read_rows(output: Path) -> list[dict]:
+    """The scores of the finished runs below ``output``, sorted by name."""
+    return [
+        {"name": path.parent.name, **json.loads(path.read_text())}
+        for path in sorted(output.glob("*/scores.json"))
+    ]
 
 
-def weights_path(output: Path, loss: LossOptions, seed: int) -> Path:
-    """Where the main part keeps a trained network."""
-    return output / "weights" / f"{describe(loss).replace(' ', '_')}-{seed}.pt"
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def run_jobs(
-    jobs: list[Job],
-    path: Path,
-    train: Split,
-    test: Split,
-    classes: Classes,
-    environment: dict,
-    progress: bool = True,
-) -> Iterator[dict]:
-    """Run the jobs that ``path`` does not hold yet, add a line to it after each, and yield the new rows."""
-    done = {row["key"] for row in read_rows(path)}
+def run_jobs(jobs: list[Job], output: Path, shared: list[str]) -> Iterator[dict]:
+    """Run the jobs that ``output`` does not hold yet and yield their rows. ``shared``: arguments of all."""
     for job in jobs:
-        if job.key() in done:
+        folder = output / job.name()
+        if (folder / "scores.json").exists():
             continue
-        fitted, scored = hold_out(train, share=0.2) if job.held_out else (train, test)
-        run = fit(fitted, scored, classes, job.loss, job.settings, job.seed, progress)
-        if job.part == "main":
-            weights = weights_path(path.parent, job.loss, job.seed)
-            weights.parent.mkdir(exist_ok=True)
-            torch.save(run.model.state_dict(), weights)
-        row = {"part": job.part, "key": job.key(), **run.result, **environment}
-        with path.open("a") as file:
-            file.write(json.dumps(row, default=list) + "\n")
-        yield row
+        command = [sys.executable, "-m", "examples.segmentation", "train", f"--output={folder}"]
+        subprocess.run([*command, *job.arguments(), *shared], check=True, stdout=subprocess.DEVNULL)
+        yield json.loads((folder / "scores.json").read_text())

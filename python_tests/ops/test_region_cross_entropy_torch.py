@@ -1,4 +1,4 @@
-"""region_cross_entropy as an op: gradcheck, opcheck, compile, autocast, errors; upsampled twin included."""
+"""region_cross_entropy as an op: gradcheck, opcheck, compile, autocast, errors; upsampled logits included."""
 
 import itertools
 
@@ -10,7 +10,6 @@ from test_region_cross_entropy import case
 from dynplan.ops import region_cross_entropy, region_cross_entropy_stats, region_cross_entropy_upsampled
 
 OP = torch.ops.dynplan.region_cross_entropy.default
-UPSAMPLED = torch.ops.dynplan.region_cross_entropy_upsampled.default
 
 
 def options(
@@ -89,21 +88,23 @@ CHECKED = {
 def test_opcheck(name, requires_grad):
     (input, target), weight, opts = CHECKED[name]
     input = input.clone().requires_grad_(requires_grad)
-    torch.library.opcheck(OP, (input, target, weight, *opts, requires_grad))
+    torch.library.opcheck(OP, (input, target, weight, None, *opts, requires_grad))
 
 
 def test_opcheck_upsampled_and_backward():
     low, target = case(3, 4)[0], case(6, 7)[1]
-    torch.library.opcheck(UPSAMPLED, (low.requires_grad_(), target, None, False, *options(), True))
+    torch.library.opcheck(OP, (low.requires_grad_(), target, None, False, *options(), True))
     input, target = case(6, 7)
-    state = OP(input, target, None, *options(), False)[:4]
+    state = OP(input, target, None, None, *options(), False)[:4]
     one = torch.ones((), dtype=torch.float64)
     backward = torch.ops.dynplan._region_cross_entropy_backward.default
     # Forward and fake alone: the backward has no derivative of its own, and says so.
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(backward, (one, None, input, target, None, *state, *options()), test_utils=utils)
     torch.library.opcheck(
-        backward, (one, state[2], input, target, None, *state, *options()), test_utils=utils
+        backward, (one, None, input, target, None, None, *state, *options()), test_utils=utils
+    )
+    torch.library.opcheck(
+        backward, (one, state[2], input, target, None, None, *state, *options()), test_utils=utils
     )
 
 

@@ -2,8 +2,8 @@
 // which rows is the business of schedule.h.
 #pragma once
 
-#include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/attention.h"
+#include "kernels/encoder/conditional_encoder_layer.h"
 #include "kernels/encoder/pairs.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {

@@ -15,7 +15,7 @@
 #include "kernels/encoder/product.h"
 #include "kernels/encoder/scratch.h"
 
-// Set by isa/conditional_encoder_layer_avx512.cpp, which includes <immintrin.h> for it.
+// Set by encoder/isa/avx512.cpp, which includes <immintrin.h> for it.
 #ifdef DYNPLAN_PAIR_INSTRUCTIONS
 #define DYNPLAN_PAIR_TARGET __attribute__((target("avx512bf16")))
 #endif

@@ -10,8 +10,8 @@
 // Included once per instruction set, after schedule.h.
 #pragma once
 
+#include "kernels/encoder/reduced_encoder.h"
 #include "kernels/encoder/schedule.h"
-#include "kernels/reduced_encoder.h"
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 

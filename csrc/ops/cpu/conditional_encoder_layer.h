@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/conditional_encoder_layer.h"
 #include "kernels/encoder/checks.h"
+#include "kernels/encoder/conditional_encoder_layer.h"
 
 namespace dynplan {
 

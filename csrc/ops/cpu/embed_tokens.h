@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels/embed_tokens.h"
+#include "kernels/encoder/embed_tokens.h"
 #include "ops/cpu/pack.h"
 #include "ops/embed_tokens.h"
 

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <utility>
 
-#include "kernels/stream_budget.h"
+#include "kernels/planning/stream_budget.h"
 #include "ops/cpu/encoder_phases.h"
 #include "ops/cpu/parallel.h"
 #include "ops/cpu/token_encoder.h"

@@ -1,4 +1,4 @@
-#include "kernels/pack.h"
+#include "kernels/packing/pack.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>

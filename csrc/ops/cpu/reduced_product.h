@@ -1,7 +1,7 @@
 // torch's matrix product of int8 as the ReducedProduct of the torch-free kernels.
 #pragma once
 
-#include "kernels/reduced_encoder.h"
+#include "kernels/encoder/reduced_encoder.h"
 
 namespace dynplan {
 

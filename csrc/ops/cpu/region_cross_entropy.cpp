@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "kernels/region_cross_entropy_cpu.h"
+#include "kernels/region_cross_entropy/cpu.h"
 #include "ops/cpu/kept_memory.h"
 #include "ops/cpu/parallel.h"
 #include "ops/region_cross_entropy_backend.h"
@@ -33,11 +33,11 @@ struct CpuRegionCrossEntropy {
     region_kernels().backward(params, state, grad, at_parallel);
   }
 
-  static double once(const char* op, const kernels::RegionCrossEntropyParams& params,
-                     const kernels::RegionCrossEntropyState& state,
-                     const kernels::RegionCrossEntropyGrad& grad) {
+  static double loss_and_gradient(const char* op, const kernels::RegionCrossEntropyParams& params,
+                                  const kernels::RegionCrossEntropyState& state,
+                                  const kernels::RegionCrossEntropyGrad& grad) {
     kernels::RegionBadLabel bad;
-    const double factor = region_kernels().once(params, state, grad, bad, at_parallel);
+    const double factor = region_kernels().loss_and_gradient(params, state, grad, bad, at_parallel);
     check_labels(op, params, bad);
     return factor;
   }

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/build_dispatch.h"
-#include "kernels/pack.h"
+#include "kernels/packing/build_dispatch.h"
+#include "kernels/packing/pack.h"
 #include "ops/cpu/encoder_phases.h"
 #include "ops/cpu/parallel.h"
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "kernels/truth.h"
+#include "kernels/packing/truth.h"
 #include "ops/cpu/conditional_encoder_layer.h"
 #include "ops/cpu/embed_tokens.h"
 #include "ops/encode_tokens.h"

@@ -1,6 +1,6 @@
 #include <torch/library.h>
 
-#include "kernels/build_dispatch.cuh"
+#include "kernels/packing/cuda/build_dispatch.cuh"
 #include "ops/build_dispatch.h"
 #include "ops/cuda/launch.h"
 

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/conditional_encoder_layer_cuda.h"
+#include "kernels/encoder/cuda/kernels.h"
 #include "ops/conditional_encoder_layer.h"
 #include "ops/cuda/launch.h"
 

@@ -5,7 +5,7 @@
 
 #include <tuple>
 
-#include "kernels/pack.cuh"
+#include "kernels/packing/cuda/pack.cuh"
 #include "ops/cuda/launch.h"
 #include "ops/pack.h"
 

@@ -14,13 +14,13 @@ using Grad = kernels::RegionCrossEntropyGrad;
 
 // Calls run with a value of the logits' type.
 template <typename Run>
-cudaError_t with_logit_type(kernels::RegionLogit type, Run run) {
+cudaError_t with_logit_type(kernels::RegionDtype type, Run run) {
   switch (type) {
-    case kernels::RegionLogit::f32:
+    case kernels::RegionDtype::f32:
       return run(float{});
-    case kernels::RegionLogit::f64:
+    case kernels::RegionDtype::f64:
       return run(double{});
-    case kernels::RegionLogit::f16:
+    case kernels::RegionDtype::f16:
       return run(__half{});
     default:
       return run(__nv_bfloat16{});

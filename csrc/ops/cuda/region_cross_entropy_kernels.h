@@ -1,11 +1,11 @@
-// The launchers of kernels/region_cross_entropy_launch.cuh, instantiated one logit type a file: torch-free
-// files, since nvcc takes three times as long over torch's headers as over these kernels.
+// The launchers of kernels/region_cross_entropy/cuda/launch.cuh, instantiated one logit type a file:
+// torch-free files, since nvcc takes three times as long over torch's headers as over these kernels.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "kernels/region_cross_entropy_launch.cuh"
+#include "kernels/region_cross_entropy/cuda/launch.cuh"
 
 namespace dynplan::kernels {
 

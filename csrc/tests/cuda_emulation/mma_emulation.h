@@ -1,4 +1,4 @@
-// Stand-ins for the PTX of kernels/cuda_mma.cuh. Copies are put off to the wait that may have let them
+// Stand-ins for the PTX of kernels/cuda/mma.cuh. Copies are put off to the wait that may have let them
 // happen, as late as the device may do them: a kernel that reads before its wait, or waits for too few
 // groups, reads poison.
 #pragma once
