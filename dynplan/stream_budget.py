@@ -15,6 +15,10 @@ from dynplan.budget import admit, check_budget
 _arrive, _take, _add, _read, _write = (
     find_op(f"_stream_{name}") for name in ("arrive", "take", "add", "read", "write")
 )
+for _name in ("arrive", "add", "write"):
+    torch.library.register_fake(f"dynplan::_stream_{_name}", lambda *_: None)
+torch.library.register_fake("dynplan::_stream_take", lambda _, __, wanted, *rest: torch.empty_like(wanted))
+
 _COUNTS = ("samples", "tokens", "sample_layers", "token_layers", "longest")
 
 

@@ -83,7 +83,8 @@ TORCH_LIBRARY_FRAGMENT(dynplan, m) {
       "int? padding_idx, Tensor[] packed_weights, int num_heads, str activation, float eps, "
       "bool reads_first, int[] chain, Tensor[] exits, Tensor[] head, str head_activation, str sureness, "
       "Tensor[] measures, float[] temperatures, float[] thresholds, float budget, Tensor(a!)? stream, float burst, float sway) "
-      "-> (Tensor, Tensor)");
+      "-> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
 }
 
 }  // namespace dynplan

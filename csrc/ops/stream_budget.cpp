@@ -96,13 +96,14 @@ kernels::StreamCounts& stream_counts(const char* op, const at::Tensor& counts) {
 }
 
 TORCH_LIBRARY_FRAGMENT(dynplan, m) {
-  m.def("_stream_arrive(Tensor(a!) counts, Tensor cu_seqlens) -> ()");
-  m.def(
+  const auto define = [&](const char* schema) { m.def(schema, {at::Tag::pt2_compliant_tag}); };
+  define("_stream_arrive(Tensor(a!) counts, Tensor cu_seqlens) -> ()");
+  define(
       "_stream_take(Tensor(a!) counts, Tensor priority, Tensor wanted, Tensor cu_seqlens, int steps, "
       "int layers, float share, float burst) -> Tensor");
-  m.def("_stream_add(Tensor(a!) counts, int[] values) -> ()");
-  m.def("_stream_read(Tensor counts) -> int[]");
-  m.def("_stream_write(Tensor(a!) counts, int[] values) -> ()");
+  define("_stream_add(Tensor(a!) counts, int[] values) -> ()");
+  define("_stream_read(Tensor counts) -> int[]");
+  define("_stream_write(Tensor(a!) counts, int[] values) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(dynplan, CPU, m) {
