@@ -62,11 +62,15 @@ def train(tmp_path_factory):
     return path
 
 
-def launch(model, train, output, *more) -> subprocess.Popen:
-    order = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    order += ["-m", "dynplan.cli", "finetune", "--model", model, "--train", train, "--output", output]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
+
+
+def launch(model, train, output, launcher=TORCHRUN, options=OPTIONS) -> subprocess.Popen:
+    order = [sys.executable, "-m", *launcher, "-m", "dynplan.cli", "finetune"]
+    order += ["--model", model, "--train", train, "--output", output, *options, "--threads=1"]
     return subprocess.Popen(
-        [*map(str, order), *OPTIONS, "--threads=1", *more],
+        [*map(str, order)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -87,6 +91,14 @@ def two(model, train, tmp_path_factory):
     said = finished(launch(model, train, folder))
     assert said.count("task: classification into 2 labels") == 1  # one of them speaks
     return folder
+
+
+def test_accelerate_launches_two_processes(model, train, tmp_path):
+    options = ["--exit-epochs=1", "--batch-size=18", "--max-length=16"]
+    said = finished(launch(model, train, tmp_path / "out", ACCELERATE, options))
+    assert said.count("task: classification into 2 labels") == 1
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["processes"] == 2
+    assert dynplan.from_pretrained(tmp_path / "out").dynplan.planner.depths == (1, 2, 3)
 
 
 def figures(folder, *more: str) -> list[dict]:
