@@ -107,6 +107,7 @@ def training_arguments(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         label_names=["labels"],
+        log_level_replica="passive",  # as quiet as the first process
         seed=seed,
         data_seed=seed,
     )
