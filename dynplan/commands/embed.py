@@ -30,6 +30,8 @@ def command(
         ),
     ] = None,
     budget: options.Budget = None,
+    stream_budget: options.StreamBudget = None,
+    burst: options.Burst = None,
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     window: options.WindowSize = 2048,
@@ -48,7 +50,7 @@ def command(
     from dynplan.inference import InputColumns, ModelSettings, RunSettings
 
     settings = RunSettings(
-        ModelSettings(model, "embed", budget, weights, pooling, normalize),
+        ModelSettings(model, "embed", budget, weights, pooling, normalize, stream_budget, burst),
         tuple(inputs),
         output,
         InputColumns(text, text_pair, key),

@@ -36,6 +36,23 @@ BadRows = Annotated[Path | None, typer.Option(help="That file, JSON lines.", sho
 Budget = Annotated[
     float | None, typer.Option(min=0, max=1, help="Share of layer work.", show_default="the saved one")
 ]
+StreamBudget = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of layer work of all rows together, in the place of --budget.",
+        show_default="the saved one",
+    ),
+]
+Burst = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="--stream-budget: rows whose layers may be run before others saved them.",
+        show_default="16",
+    ),
+]
 Weights = Annotated[
     str | None, typer.Option(help="int8 or bfloat16: type of the products.", show_default="the model's own")
 ]

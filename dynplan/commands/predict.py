@@ -14,6 +14,8 @@ def command(
     text: Text = "sentence1",
     text_pair: TextPair = None,
     budget: options.Budget = None,
+    stream_budget: options.StreamBudget = None,
+    burst: options.Burst = None,
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     window: options.WindowSize = 2048,
@@ -32,7 +34,7 @@ def command(
     from dynplan.inference import InputColumns, ModelSettings, RunSettings
 
     settings = RunSettings(
-        ModelSettings(model, "predict", budget, weights),
+        ModelSettings(model, "predict", budget, weights, stream_budget=stream_budget, burst=burst),
         tuple(inputs),
         output,
         InputColumns(text, text_pair, key),

@@ -35,6 +35,7 @@ def command(
     from dynplan.commands.common import parse_budgets, set_threads
     from dynplan.loading import quiet
     from dynplan.training import Recipe
+    from dynplan.training.ranks import processes
     from dynplan.training.study import GLUE, Study, report_lines, run_study
 
     wanted = tuple(name.strip() for name in tasks.split(","))
@@ -61,4 +62,5 @@ def command(
         results = run_study(study)
     except WriteError as error:
         raise InputError(f"{error}; with room made, the same command goes on") from error
-    typer.echo("\n".join(report_lines(results)))
+    if processes().is_main_process:
+        typer.echo("\n".join(report_lines(results)))

@@ -24,7 +24,8 @@ _JOURNAL, _ROWS, _BAD, _FINISHED = "journal.json", "rows", "bad", "finished"
 @dataclass
 class Progress:
     """How far a run is: windows done of file number ``file`` and the digest of what they read of it; rows
-    and bad rows of all; size of both files; settling: all windows are done.
+    and bad rows of all; size of both files; stream: what the stream's budget has counted, None where there
+    is none; settling: all windows are done.
     """
 
     file: int = 0
@@ -34,6 +35,7 @@ class Progress:
     bad: int = 0
     rows_size: int = 0
     bad_size: int = 0
+    stream: dict | None = None
     settling: bool = False
 
 

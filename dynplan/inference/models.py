@@ -17,6 +17,7 @@ from dynplan.inference.fields import Field
 from dynplan.loading import load, missing_weights
 from dynplan.policies import RandomPath
 from dynplan.policy_files import DESCRIPTION
+from dynplan.stream_budget import StreamBudget
 
 POOLINGS = ("mean", "cls", "max")
 _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers, what is done here
@@ -27,7 +28,11 @@ class ModelSettings:
     """Everything a process needs to make the model.
 
     folder: of the model; task: "predict" or "embed"; budget: share of layer work, None: the saved one;
-    weights: for ``dynplan.swap``; pooling, normalize: of embeddings, None: what the folder says.
+    weights: for ``dynplan.swap``; pooling, normalize: of embeddings, None: what the folder says;
+    stream_budget, burst: share and burst of a :class:`~dynplan.StreamBudget` over all rows of a run, in the
+    place of ``budget``.
+
+    Raises InputError for budgets out of range, two of them, or a burst without its stream.
     """
 
     folder: Path
@@ -36,6 +41,29 @@ class ModelSettings:
     weights: str | None = None
     pooling: str | None = None
     normalize: bool | None = None
+    stream_budget: float | None = None
+    burst: float | None = None
+
+    def __post_init__(self):
+        for option, share in (("--budget", self.budget), ("--stream-budget", self.stream_budget)):
+            if share is not None and not 0 <= share <= 1:
+                raise InputError(f"{option}: expected a number within 0..1, got {share}")
+        if self.stream_budget is not None and self.budget is not None:
+            raise InputError(
+                "--stream-budget: expected no --budget beside it, got "
+                f"--stream-budget {self.stream_budget} and --budget {self.budget}"
+            )
+        if self.burst is not None and self.stream_budget is None:
+            raise InputError(f"--burst: expected --stream-budget beside it, got --burst {self.burst} alone")
+        if self.burst is not None and not 0 <= self.burst < 2**31:
+            raise InputError(f"--burst: expected a number of rows from 0 to 2**31, got {self.burst}")
+
+    @property
+    def asked_budget(self) -> float | StreamBudget | None:
+        """The budget that is asked for, a stream's new; None: the saved one."""
+        if self.stream_budget is None:
+            return self.budget
+        return StreamBudget(self.stream_budget, **({} if self.burst is None else {"burst": self.burst}))
 
     def load(self) -> RunModel:
         """Raises InputError for a folder or settings that cannot be used."""
@@ -53,15 +81,15 @@ class RunModel:
             raise InputError(f"model: expected a folder with a Hugging Face model, got {self.folder}")
         self.model = self._load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.control = self.model.dynplan
-        if settings.budget is not None:
-            if not 0 <= settings.budget <= 1:
-                raise InputError(f"--budget: expected a number within 0..1, got {settings.budget}")
+        budget = settings.asked_budget
+        if budget is not None:
             if not self.control.policy.takes_budget:
+                option = "--budget" if settings.stream_budget is None else "--stream-budget"
                 raise InputError(
-                    "--budget: expected a model whose policy takes one, got "
+                    f"{option}: expected a model whose policy takes one, got "
                     f"{type(self.control.policy).__name__}; `dynplan finetune` makes a planner"
                 )
-            self.control.budget = settings.budget
+            self.control.budget = budget
         self._policy = self.control.policy
 
     @property
@@ -84,6 +112,29 @@ class RunModel:
         """
         said = (_json(self.folder / "tokenizer_config.json") or {}).get("model_max_length")
         return min(self._trained_length() or said or self.longest, self.longest)
+
+    @property
+    def stream(self) -> dict[str, int] | None:
+        """What the stream's budget has counted so far; None where the budget is not a stream's."""
+        budget = self.control.budget
+        return budget.state if isinstance(budget, StreamBudget) else None
+
+    def begin(self, stream: dict[str, int] | None) -> None:
+        """Before a run's first window: have the stream's budget, if there is one, go on from ``stream``, or
+        from nothing where that is None.
+
+        Raises InputError for counts that none has.
+        """
+        budget = self.control.budget
+        if not isinstance(budget, StreamBudget):
+            return
+        if stream is None:
+            budget.reset()
+            return
+        try:
+            budget.state = stream
+        except ValueError as error:
+            raise InputError(f"--resume: {error}") from error
 
     def restart(self, file: int, window: int) -> None:
         """Have random paths depend on the window alone, whatever was run before it."""

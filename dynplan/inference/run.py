@@ -131,6 +131,7 @@ def run(
         if not done.settling:
             if not done.rows_size:
                 journal.append(output.header())
+            model.begin(done.stream)
             pool = TokenPool(settings.model.folder, length, settings.workers)
             with _Bar(reader.files, settings.model.task, progress) as bar:
                 for window, tokens in pool.encode(_left(reader, shape, journal)):
@@ -145,6 +146,7 @@ def run(
                         digest=window.digest,
                         rows=was.rows + rows.num_rows,
                         bad=was.bad + len(window.bad),
+                        stream=model.stream,
                     )
                     bar.show(window, journal.progress.rows, rows.num_rows)
         journal.settle(output.finish)

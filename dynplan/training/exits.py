@@ -7,6 +7,7 @@ the full path's answer. What DPBERT (arXiv 2308.00108) does is not published; we
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from dynplan.training.data import Task
 from dynplan.training.losses import path_divergence, sample_losses
 from dynplan.training.metrics import task_metrics
 from dynplan.training.predict import beside, make_batches
+from dynplan.training.ranks import figures_from_first, from_first
 from dynplan.training.trainer import PlainTrainer
 
 GRID = 64  # budgets that a table knows: 0, 1/64, ..., 1
@@ -41,8 +43,9 @@ class ExitLearner(nn.Module):
         super().__init__()
         self.model, self.exits = model, exits
 
-    def forward(self, **inputs):
-        return self.model(**inputs)
+    def forward(self, loss: Callable[..., Tensor], *arguments) -> Tensor:
+        """The loss, computed where several processes see every parameter that is used."""
+        return loss(*arguments)
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -93,18 +96,22 @@ class ExitTrainer(PlainTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
-        learner = self.accelerator.unwrap_model(model)
+        return model(self._loss, self.accelerator.unwrap_model(model), inputs, labels)
+
+    def _loss(self, learner: ExitLearner, inputs: dict, labels: Tensor) -> Tensor:
         control, exits = learner.model.dynplan, learner.exits
         control.policy = KeepAll()
-        output = model(**inputs, output_hidden_states=True)
-        loss = sample_losses(self.task, output.logits, labels)
-        for index, depth in enumerate(exits.depths):
-            pooled = masked_mean(output.hidden_states[depth], inputs["attention_mask"])
-            answers = control.answer(exits(index, pooled))
-            mine = sample_losses(self.task, answers, labels)
-            apart = path_divergence(self.task, answers, output.logits)
-            loss = loss + 0.5 * depth / exits.num_layers * (mine + self.distill * apart)
-            loss = loss + _of_itself(exits, index, pooled.detach(), answers.detach(), labels)
+        output = learner.model(**inputs, output_hidden_states=True)
+        with torch.autocast(labels.device.type, enabled=False):  # bf16 is the encoder's, exits are small
+            logits = output.logits.float()
+            loss = sample_losses(self.task, logits, labels)
+            for index, depth in enumerate(exits.depths):
+                pooled = masked_mean(output.hidden_states[depth].float(), inputs["attention_mask"])
+                answers = control.answer(exits(index, pooled))
+                mine = sample_losses(self.task, answers, labels)
+                apart = path_divergence(self.task, answers, logits)
+                loss = loss + 0.5 * depth / exits.num_layers * (mine + self.distill * apart)
+                loss = loss + _of_itself(exits, index, pooled.detach(), answers.detach(), labels)
         return loss.mean()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -116,7 +123,9 @@ class ExitTrainer(PlainTrainer):
         figures = {
             "full_score": scores[-1], "exit_score": exits, "score": (scores[-1] + exits) / 2
         }  # fmt: skip
-        figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        figures = figures_from_first(
+            {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        )
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
@@ -146,6 +155,10 @@ class ExitAnswers:
     pooled: Tensor
     labels: Tensor
     lengths: Tensor
+
+    def from_first(self) -> ExitAnswers:
+        """As the first process has them."""
+        return ExitAnswers(*map(from_first, (self.logits, self.pooled, self.labels, self.lengths)))
 
     def qualities(self, task: Task) -> Tensor:
         """How good each answer is, ``(N, R + 1)``: as :meth:`dynplan.training.predict.Prediction.quality`."""

@@ -22,7 +22,7 @@ from dynplan.budget import within_budget
 from dynplan.policies import FixedPath, PlannerPolicy, PlanRequest, Policy
 from dynplan.training.losses import path_divergence, sample_losses
 from dynplan.training.predict import beside, make_batches, predict
-from dynplan.training.ranks import draw_share
+from dynplan.training.ranks import draw_share, figures_from_first
 from dynplan.training.trainer import PlainTrainer
 
 OBJECTIVES = ("gates", "reward", "values")
@@ -149,6 +149,7 @@ class PlannerTrainer(PlainTrainer):
             prediction = predict(encoder, self.eval_batches, self.task)
             figures[f"{metric_key_prefix}_quality_{budget:g}"] = float(prediction.quality(self.task).mean())
         figures[f"{metric_key_prefix}_quality"] = sum(figures.values()) / len(figures)
+        figures = figures_from_first(figures)
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures

@@ -6,12 +6,16 @@ same as in one process that takes the whole batches; one process writes.
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dynplan.errors import InputError
+
+# One process may evaluate while the others wait; a launcher notices a dead one long before.
+_PATIENCE = timedelta(hours=6)
 
 
 def processes():
@@ -22,10 +26,10 @@ def processes():
     from accelerate import PartialState  # only training needs it
 
     try:
-        return PartialState(cpu=not torch.cuda.is_available())
+        return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     except (ValueError, RuntimeError) as error:
         count, reason = os.environ.get("WORLD_SIZE"), " ".join(str(error).split())[:300]
-        raise InputError(f"finetune: expected to join {count} processes, got {reason}") from error
+        raise InputError(f"training: expected to join {count} processes, got {reason}") from error
 
 
 def share_of_batch(batch_size: int) -> int:
@@ -33,7 +37,7 @@ def share_of_batch(batch_size: int) -> int:
     count = processes().num_processes
     if batch_size % count:
         raise InputError(
-            f"finetune: expected --batch-size to be a multiple of {count} processes, got {batch_size}"
+            f"training: expected --batch-size to be a multiple of {count} processes, got {batch_size}"
         )
     return batch_size // count
 
@@ -57,3 +61,18 @@ def from_first(value: Tensor) -> Tensor:
         dist.broadcast(on_device, 0)
         value = on_device.to(value.device)
     return value
+
+
+def figures_from_first(figures: dict[str, float]) -> dict[str, float]:
+    """Figures that every process has measured for itself, as the first one has them: where they decide which
+    checkpoint is the best, all must take the same.
+    """
+    values = from_first(torch.tensor(list(figures.values()), dtype=torch.float64))
+    return dict(zip(figures, values.tolist(), strict=True))
+
+
+def first_finds(question: Callable[[], bool]) -> bool:
+    """What the first process finds: the others' view of a shared folder may lag behind."""
+    state = processes()
+    found = torch.tensor(int(state.is_main_process and question()))
+    return bool(from_first(found))

@@ -90,11 +90,6 @@ class _Run:
         self.recipe, self.callbacks = recipe, callbacks
         self.progress = progress = progress and self.ranks.is_main_process
         share_of_batch(recipe.batch_size)
-        if recipe.planner == "exits" and self.ranks.num_processes > 1:
-            raise InputError(
-                f"finetune: expected one process for exits, got {self.ranks.num_processes}; "
-                "--planner upfront and --planner none train on several"
-            )
         self.source, self.output = Path(model), check_output(output, resume)
         # Nothing is trained before recipe.json is there.
         self.resume = resume and (self.output / RECIPE).exists()
@@ -267,7 +262,7 @@ class _Run:
         )
         self._train(trainer, "exits")
         held = make_batches(self.held, self.tokenizer, 64, by_length=True)
-        answers = exit_answers(model.eval(), exits, held, self.task)
+        answers = exit_answers(model.eval(), exits, held, self.task).from_first()
         model.dynplan.policy = calibrate(exits, answers, self.task)
         if self.ranks.is_main_process:
             write_rivals(self.output, rivals(exits, answers, self.task))

@@ -2,7 +2,8 @@
 
 Every task and seed is a part of its own: three trainings (exits; the ordinary one; a model cut to its first
 layers and trained for itself), and one evaluation of all of them on the dev rows. A part that is finished is
-a file that is there whole, so that a killed study goes on where it was.
+a file that is there whole, so that a killed study goes on where it was. Several processes train together; the
+first one alone evaluates and writes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from transformers import AutoModel
 import dynplan
 from dynplan.benchmarking import environment
 from dynplan.errors import InputError
-from dynplan.files import write_whole, writing
+from dynplan.files import fresh_folder, settle_folder, write_whole, writing
 from dynplan.loading import load_tokenizer
 from dynplan.training.data import Task, encode_rows
 from dynplan.training.evaluate import Row, evaluate, plain_model
 from dynplan.training.metrics import task_metrics
 from dynplan.training.predict import make_batches, predict
 from dynplan.training.progress import say
+from dynplan.training.ranks import first_finds, processes, share_of_batch
 from dynplan.training.recipe import finetune
 from dynplan.training.record import load_run, read_rivals
 from dynplan.training.rows import read_rows
@@ -71,17 +73,23 @@ class Study:
 def run_study(study: Study, progress: bool = True) -> dict:
     """Run what is not there yet, and write ``results.json``; returns it.
 
-    Raises InputError for tasks without files, before anything is trained.
+    Raises InputError for tasks without files, and for a batch that several processes cannot share, before
+    anything is trained.
     """
+    ranks = processes()
+    progress = progress and ranks.is_main_process
+    share_of_batch(study.recipe.batch_size)
     files = {task: (_file(study, task, "train"), _file(study, task, "dev")) for task in study.tasks}
     parts = [(task, seed) for seed in study.seeds for task in study.tasks]
     for number, (task, seed) in enumerate(parts, 1):
         say(f"part {number} of {len(parts)}: {task}, seed {seed}", progress)
-        if not _result(study, task, seed).exists():
+        if not first_finds(_result(study, task, seed).exists):
             _run_part(study, task, seed, *files[task], progress)
     results = collect(study)
-    with writing(study.output):
-        write_whole(study.output / "results.json", json.dumps(results, indent=1) + "\n")
+    if ranks.is_main_process:
+        with writing(study.output):
+            write_whole(study.output / "results.json", json.dumps(results, indent=1) + "\n")
+    ranks.wait_for_everyone()
     return results
 
 
@@ -106,7 +114,7 @@ def _run_part(study: Study, task: str, seed: int, train: Path, dev: Path, progre
 
     def fitted(name: str, source: Path, settings: Recipe) -> Path:
         place = folder / name
-        if not (place / "dynplan.json").exists():
+        if not first_finds((place / "dynplan.json").exists):
             say(f"{task}, seed {seed}: {name}", progress)
             finetune(source, rows, place, task, settings, resume=True, progress=progress)
         return place
@@ -119,9 +127,27 @@ def _run_part(study: Study, task: str, seed: int, train: Path, dev: Path, progre
         cut = _cut(study.model, count, folder / f"first-{count}-of-{layers}")
         alone[f"first {count} layers, trained for themselves"] = fitted(f"first-{count}", cut, ordinary)
 
-    kind = load_run(planned)[0]
+    ranks = processes()
+    if ranks.is_main_process:
+        _evaluate_part(study, task, seed, planned, alone, len(rows), held_out, progress)
+    ranks.wait_for_everyone()
+
+
+def _evaluate_part(
+    study: Study,
+    task: str,
+    seed: int,
+    planned: Path,
+    alone: dict[str, Path],
+    train_rows: int,
+    held_out: list[dict],
+    progress: bool,
+) -> None:
+    """All contestants on the dev rows, and the part's file; what only resuming needs goes."""
+    folder = _result(study, task, seed).parent
+    kind, recipe, _ = load_run(planned)
     tokenizer = load_tokenizer(planned)
-    dataset = encode_rows(held_out, kind, tokenizer, recipe.max_length)
+    dataset = encode_rows(held_out, kind, tokenizer, recipe["max_length"])
     model, said = dynplan.from_pretrained(planned), {}
     table = evaluate(
         model,
@@ -139,14 +165,14 @@ def _run_part(study: Study, task: str, seed: int, train: Path, dev: Path, progre
     batches = make_batches(dataset, tokenizer, 32)
     for name, place in alone.items():
         prediction = predict(dynplan.from_pretrained(place).eval(), batches, kind)
-        depth = prediction.plan.shape[1] / layers
+        depth = prediction.plan.shape[1] / model.dynplan.num_layers
         table.append(Row(name, None, prediction.figures(kind), depth, depth))
         said[name, None] = prediction.logits
     labels = np.array([item["labels"] for item in dataset.items])
     result = {
         "task": asdict(kind),
         "seed": seed,
-        "train_rows": len(rows),
+        "train_rows": train_rows,
         "machine": environment(),
         "rows": [asdict(row) for row in table],
         "labels": labels.tolist(),
@@ -164,10 +190,15 @@ def _rounded(values: np.ndarray) -> list:
 
 def _cut(source: Path, layers: int, folder: Path) -> Path:
     """The pretrained model with its first layers alone, as a folder."""
-    if not (folder / "config.json").exists():
-        model = AutoModel.from_pretrained(source, num_hidden_layers=layers, dtype=torch.float32)
-        model.save_pretrained(folder)
-        load_tokenizer(source).save_pretrained(folder)
+    ranks = processes()
+    if ranks.is_main_process and not folder.exists():
+        with writing(folder):
+            unfinished = fresh_folder(folder.with_name(f".unfinished-{folder.name}"))
+            model = AutoModel.from_pretrained(source, num_hidden_layers=layers, dtype=torch.float32)
+            model.save_pretrained(unfinished)
+            load_tokenizer(source).save_pretrained(unfinished)
+            settle_folder(unfinished, folder)
+    ranks.wait_for_everyone()
     return folder
 
 

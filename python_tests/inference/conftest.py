@@ -10,7 +10,8 @@ from training.conftest import WORDS, save_tiny_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import dynplan
-from dynplan.policies import RandomPath
+from dynplan.nn import Exits
+from dynplan.policies import ConfidenceExit, RandomPath
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,6 +48,17 @@ def plain(tmp_path_factory):
 @pytest.fixture(scope="session")
 def planned(tmp_path_factory):
     return save_classifier(tmp_path_factory.mktemp("planned"), RandomPath(0.5, seed=3))
+
+
+@pytest.fixture(scope="session")
+def leaving(tmp_path_factory):
+    """With exits that were never trained: who leaves where depends on what is left to spend."""
+    torch.manual_seed(2)
+    exits = Exits(16, 4, (1, 2, 3))
+    for weight in exits.parameters():  # answers of unlike sureness
+        torch.nn.init.normal_(weight)
+    policy = ConfidenceExit(exits, 1.0, [[1, 2, 3, 4]], [0] * 5, [[0.5, 0.7, 0.8, 0.9, 1.1]])
+    return save_classifier(tmp_path_factory.mktemp("leaving"), policy)
 
 
 def make_records(count: int) -> list[dict]:

@@ -1,5 +1,6 @@
 """On a cluster of this machine: the same rows as one process, also when a worker is killed in the middle."""
 
+import csv
 import os
 import signal
 import sys
@@ -97,6 +98,18 @@ def test_embeddings_as_parquet(cluster, job):
     many = replace(one, output=job.output.with_name("many.parquet"))
     run_on_ray(many, replace(cluster, actors=1))
     assert parquet.read_table(many.output).equals(parquet.read_table(one.output))
+
+
+def test_every_worker_keeps_a_stream_of_its_own(cluster, job, leaving):
+    model = ModelSettings(leaving, stream_budget=0.4, burst=4)
+    many = replace(job, model=model, output=job.output.with_name("stream.csv"))
+    run_on_ray(many, cluster)
+    rows = [
+        row for path in sorted(many.output.iterdir()) for row in csv.DictReader(path.read_text().splitlines())
+    ]
+    assert [row["id"] for row in rows] == [record["id"] for record in make_records(1500)]
+    layers = sum(int(row["layers"]) for row in rows)
+    assert 0.35 * 4 * 1500 < layers <= (0.4 * 1500 + 2 * 4) * 4
 
 
 def test_what_a_worker_finds_wrong_is_told_in_a_line(cluster, job):

@@ -35,10 +35,13 @@ def rows_with_a_bad_one(place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv.gz", "parquet"])
-def test_killed_at_any_file_operation(planned, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "stream"), [("jsonl", None), ("csv.gz", None), ("parquet", None), ("jsonl", 0.5)]
+)
+def test_killed_at_any_file_operation(planned, leaving, tmp_path, kind, stream):
     source = rows_with_a_bad_one(tmp_path / "in.jsonl")
-    job = settings(planned, source, tmp_path / "work" / f"out.{kind}")
+    job = settings(planned if stream is None else leaving, source, tmp_path / "work" / f"out.{kind}")
+    job = replace(job, model=replace(job.model, stream_budget=stream))
     model = job.model.load()
 
     def work(at: int, mode: str, resume: bool) -> int:
