@@ -4,14 +4,17 @@ bits than the long way."""
 import copy
 import gc
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from integrations.models import KINDS, TASKS, batch, encoder_of, tiny
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
 
 import dynplan
 from dynplan.integrations.huggingface import fast_path, forward
+from dynplan.integrations.huggingface.outputs import _plain_fields, new_output
 from dynplan.nn import UpfrontPlanner
 from dynplan.policies import FixedPath, HashPath, KeepAll, PlannerPolicy, RandomPath, StaticPath
 
@@ -239,3 +242,17 @@ def test_copies_look_for_themselves(calls):
     dynplan.unswap(model)
     theirs = model(**batch()).logits
     torch.testing.assert_close(dynplan.swap(model)(**batch()).logits, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_outputs_are_those_of_transformers():
+    states = torch.zeros(2, 3)
+    for kind in (BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions):
+        assert _plain_fields(kind) is not None, "made without its checks"
+        for values in ({"hidden_states": None}, {"hidden_states": (states,)}):
+            makes = (partial(new_output, kind), kind)
+            made, wanted = (make(last_hidden_state=states, **values) for make in makes)
+            assert type(made) is kind and vars(made) == vars(wanted)
+            assert list(made.items()) == list(wanted.items()) and made.to_tuple() == wanted.to_tuple()
+            assert torch.utils._pytree.tree_flatten(made)[0] == torch.utils._pytree.tree_flatten(wanted)[0]
+            copied = copy.deepcopy(made)
+            assert type(copied) is kind and copied.keys() == wanted.keys()

@@ -27,6 +27,7 @@ from dynplan.integrations.huggingface.families import Family
 from dynplan.integrations.huggingface.fast_path import run_fast
 from dynplan.integrations.huggingface.fused import run_fused
 from dynplan.integrations.huggingface.original import run_original
+from dynplan.integrations.huggingface.outputs import new_output
 from dynplan.ops import Packed, unpack
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.planned_encoder import check_first, pack_padded
@@ -353,7 +354,11 @@ class SwappedForward:
         if "pooler" in modules:
             pooler = modules["pooler"]
             pooled = {} if pooler is None else {"pooler_output": pooler(last)}
-            output = BaseModelOutputWithPoolingAndCrossAttentions(last, hidden_states=states, **pooled)
+            kind = BaseModelOutputWithPoolingAndCrossAttentions
         else:
-            output = self.family.output(last, hidden_states=states)
+            pooled, kind = {}, self.family.output
+        if traced.is_tracing():
+            output = kind(last, hidden_states=states, **pooled)
+        else:
+            output = new_output(kind, last_hidden_state=last, hidden_states=states, **pooled)
         return output if return_dict else output.to_tuple()
