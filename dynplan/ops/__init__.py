@@ -12,6 +12,7 @@ from dynplan.ops.conditional_encoder_layer import (
 )
 from dynplan.ops.embed_tokens import embed_tokens
 from dynplan.ops.encode_tokens import encode_tokens
+from dynplan.ops.encode_until_sure import Rungs, encode_until_sure
 from dynplan.ops.pack import Packed, pack, unpack
 from dynplan.ops.planned_encoder import planned_encoder
 from dynplan.ops.reduced_encoder import pack_reduced_encoder_weights
@@ -25,11 +26,13 @@ __all__ = [
     "MinkowskiAccumulator",
     "Packed",
     "RegionStats",
+    "Rungs",
     "build_dispatch",
     "conditional_encoder",
     "conditional_encoder_layer",
     "embed_tokens",
     "encode_tokens",
+    "encode_until_sure",
     "pack",
     "pack_encoder_weights",
     "pack_reduced_encoder_weights",
