@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include <cmath>
 #include <string>
 
 namespace dynplan {
@@ -62,6 +63,9 @@ EncodeUntilSureCall check_encode_until_sure(EncodeTokensCall encode, const ExitA
   const bool tempered = *sureness == kernels::Sureness::confidence;
   TORCH_CHECK_VALUE(!tempered || given.temperatures.size() == rungs, op,
                     ": expected temperatures of ", rungs, " exits, got ", given.temperatures.size());
+  for (const double temperature : given.temperatures)
+    TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), op,
+                      ": expected temperatures to be above 0, got ", temperature);
   for (size_t i = 0; i < per_rung * rungs; i += 2) {
     const bool second = i % per_rung == 2;
     const int64_t inputs = second ? call.measures.back().outputs : width + (per_rung == 4);
@@ -71,8 +75,9 @@ EncodeUntilSureCall check_encode_until_sure(EncodeTokensCall encode, const ExitA
   TORCH_CHECK_VALUE(!given.thresholds.empty(), op, ": expected a threshold at least, got none");
   TORCH_CHECK_VALUE(given.budget >= 0 && given.budget <= 1, op, ": expected budget to be within 0..1, got ",
                     given.budget);
-  TORCH_CHECK_VALUE(given.burst >= 0 && given.sway >= 0, op,
-                    ": expected burst and sway to be at least 0, got ", given.burst, " and ", given.sway);
+  const auto bounded = [](double value) { return value >= 0 && value < 2147483648.; };
+  TORCH_CHECK_VALUE(bounded(given.burst) && bounded(given.sway), op,
+                    ": expected burst and sway to be within 0..2^31, got ", given.burst, " and ", given.sway);
   return call;
 }
 

@@ -38,6 +38,11 @@ at::Tensor stream_take(const at::Tensor& counts, const at::Tensor& priority, con
   TORCH_CHECK_VALUE(wanted.scalar_type() == at::kBool && wanted.sizes() == samples, kOp,
                     ": expected wanted to be bool of shape (B,) = [", samples, "], got ",
                     wanted.scalar_type(), " of shape ", wanted.sizes());
+  constexpr int64_t kMost = int64_t{1} << 31;
+  TORCH_CHECK_VALUE(layers >= 0 && layers < kMost && steps >= 0 && steps <= layers, kOp,
+                    ": expected steps within 0..layers, below 2^31, got ", steps, " of ", layers);
+  TORCH_CHECK_VALUE(share >= 0 && share <= 1 && burst >= 0 && burst < static_cast<double>(kMost), kOp,
+                    ": expected share within 0..1 and burst within 0..2^31, got ", share, " and ", burst);
   const at::Tensor priorities = priority.contiguous(), asking = wanted.contiguous();
   std::vector<uint8_t> taken(samples);
   for (int64_t b = 0; b < samples; ++b)

@@ -92,8 +92,10 @@ class ConfidenceExit(BudgetPolicy):
     def rungs(self, request: PlanRequest) -> Rungs | None:
         """The same decisions for :func:`~dynplan.ops.encode_until_sure`, on the CPU; None: it does not know
         them."""
-        sureness, planner = _KNOWN.get(type(self)), self.planner
-        if sureness is None:
+        kind, planner = type(self), self.planner
+        sureness, methods = _KNOWN.get(kind, (None, ()))
+        own = all(getattr(kind, name) is method for name, method in methods)
+        if sureness is None or not own or not vars(self).keys().isdisjoint(_DECIDING):
             return None
         chain = self._chain(request)
         indices = [planner.depths.index(depth) for depth in chain if depth < request.num_layers]
@@ -265,10 +267,14 @@ class LearnedExit(ConfidenceExit):
         return self.planner.certainty[index](pooled).squeeze(1)
 
 
-# Those whose decisions encode_until_sure knows: these very classes.
+# The policies whose decisions encode_until_sure knows: these very classes with these very methods.
+_DECIDING = ("sureness", "asks", "keep", "reads", "budget_of", "_chain", "_threshold", "_spend")
 _KNOWN = {
-    ConfidenceExit: "confidence",
-    EntropyExit: "entropy",
-    PatienceExit: "patience",
-    LearnedExit: "learned",
+    kind: (sureness, [(name, getattr(kind, name)) for name in _DECIDING])
+    for kind, sureness in {
+        ConfidenceExit: "confidence",
+        EntropyExit: "entropy",
+        PatienceExit: "patience",
+        LearnedExit: "learned",
+    }.items()
 }

@@ -117,6 +117,56 @@ def scaled_forward(model):
     model.classifier.forward = lambda states: own(states) * 3
 
 
+def other_class_of_exit(model):
+    class Twice(nn.Linear):
+        def forward(self, states):
+            return super().forward(states) * -2
+
+    exits, other = model.dynplan.planner, Twice(32, 32)
+    other.load_state_dict(exits.heads[0].state_dict())
+    exits.heads[0] = other
+
+
+def exits_own_forward(model):
+    model.dynplan.planner.heads[0].forward = lambda states: states * 0
+
+
+def exits_of_another_class(model):
+    class Never(dynplan.nn.Exits):
+        def sureness(self, index, answers, pooled):
+            return torch.zeros(len(answers))
+
+    exits = Never(32, LAYERS, (1, 2, 3))
+    exits.load_state_dict(model.dynplan.planner.state_dict())
+    model.dynplan.policy.planner = exits
+
+
+def own_sureness(model):
+    model.dynplan.policy.sureness = lambda index, answers, pooled, request: torch.zeros(len(answers))
+
+
+def head_grows(model):
+    model.classifier = nn.Sequential(model.classifier)
+    model(**inputs_of())
+    model.classifier.append(nn.Hardtanh())
+
+
+def scaled_by_an_attribute(model):
+    class Scaled(type(model)):
+        def forward(self, *args, **options):
+            output = super().forward(*args, **options)
+            output.logits = output.logits * self.scale
+            return output
+
+    model.__class__, model.scale = Scaled, 1.0
+    model(**inputs_of())
+    model.scale = 0.3
+
+
+def temperature_below_zero(model):
+    model.dynplan.planner.temperatures.fill_(-1.0)
+
+
 CHANGES = (
     change_classifier,
     train_in_place,
@@ -125,6 +175,13 @@ CHANGES = (
     hooked,
     other_exits,
     scaled_forward,
+    other_class_of_exit,
+    exits_own_forward,
+    exits_of_another_class,
+    own_sureness,
+    head_grows,
+    scaled_by_an_attribute,
+    temperature_below_zero,
 )
 
 
@@ -139,7 +196,8 @@ def test_changed_heads(change, monkeypatch):
     (logits, plans, _), (logits_2, plans_2, _) = both(model, texts, lambda: 0.8, monkeypatch)
     assert all(map(torch.equal, plans, plans_2))
     torch.testing.assert_close(logits, logits_2, rtol=1e-4, atol=1e-4)
-    assert not all(map(torch.allclose, logits, before[0])), "the change is one"
+    changed = [not torch.equal(one, other) for one, other in zip(plans, before[1], strict=True)]
+    assert any(changed) or not all(map(torch.allclose, logits, before[0])), "the change is one"
 
 
 @torch.no_grad()
@@ -195,3 +253,48 @@ def test_an_error_counts_nothing():
     with pytest.raises(IndexError, match="expected input_ids within"):
         model(**inputs)
     assert stream.state["samples"] == 0
+
+
+class Mean(dynplan.StreamBudget):
+    """Lets nobody on beyond the first exit."""
+
+    def take(self, priority, wanted, cu_seqlens, steps, num_layers):
+        return wanted & (cu_seqlens.diff() > 0) & (steps == 1)
+
+
+@torch.no_grad()
+def test_what_native_code_leaves_to_pytorch(calls, monkeypatch):
+    _, model = swapped(policy=policy_of(threshold=2.0))
+    model.dynplan.budget = Mean(1.0)
+    model(**inputs_of())
+    assert model.dynplan.last_plan.sum(1).tolist() == [1] * 6
+    model.dynplan.budget = None
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs_of())
+    model.classifier.train()
+    model.dropout = nn.AlphaDropout(0.5)
+    model(**inputs_of())
+    for regression, labels in ((False, 1), (True, 3)):
+        policy = policy_of(PatienceExit, regression=regression, threshold=1)
+        model = dynplan.swap(tiny("bert", num_labels=labels), policy)
+        both(model, [inputs_of()], lambda: 0.8, monkeypatch)
+    model = dynplan.swap(tiny("bert", "Model"), policy_of(chains=((3,),)))
+    assert model(**inputs_of()).last_hidden_state.isfinite().all(), (
+        "no head is asked where there is one depth"
+    )
+    assert not calls
+
+
+@torch.no_grad()
+def test_default_dtype_and_device(calls):
+    _, model = swapped()
+    torch.set_default_dtype(torch.float64)
+    try:
+        model(**inputs_of())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.dynplan.refresh()
+    inputs = inputs_of()
+    with torch.device("meta"):
+        model(**inputs)
+    assert len(calls) == 2

@@ -84,10 +84,16 @@ def _run_exits(
 ) -> tuple[Tensor, Tensor] | None:
     """As :func:`run_fast`, where samples leave at exits."""
     policy, reading = controller.policy, state.reading
-    if not isinstance(policy, ConfidenceExit) or torch.is_grad_enabled():
+    budget = controller.budget
+    if not isinstance(policy, ConfidenceExit) or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
-    rungs = rungs_of(policy, _RequestAhead(state, controller.budget, *inputs[:2]))
-    if rungs is None or (head := controller.head(policy.planner)).tensors is None:
+    if isinstance(budget, StreamBudget) and type(budget) is not StreamBudget:
+        return None  # one with rules of its own
+    head = controller.head(policy.planner)
+    if head.tensors is None:
+        return None
+    rungs = rungs_of(policy, _RequestAhead(state, budget, *inputs[:2]))
+    if rungs is None:
         return None
     options = (reading.num_heads, reading.activation, reading.eps, reads_first)
     try:
