@@ -6,9 +6,9 @@
 FOLDER is a BERT-family checkpoint with its tokenizer, which gets a fresh head; FILE holds one JSON object a
 line with the text under --text. Both read the file, tokenize, run and write JSON lines with label and
 probabilities; the model is loaded before. The file is cut into pieces, and on each all contestants run in
-turn, so that a change of the machine's speed meets all of them. Prints rows a second, the ratio to
-pipeline(batch_size=32) on the pieces that both ran, and to keep-all; the second in processor time too, which
-other work on the machine changes little.
+turn, so that a change of the machine's speed meets all of them. Prints rows a second, and the time as a share
+of pipeline(batch_size=32)'s and of keep-all's; the same in processor time, which other work on the machine
+changes less.
 
 --memory: the largest memory of the whole command, workers included, at 10^5 and 10^6 rows of a tiny model.
 """
@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -95,29 +96,23 @@ def check(ours: Path, theirs: Path) -> None:
     torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=1e-4)
 
 
-@dataclass
-class Total:
-    """Of a contestant: rows it ran, seconds, and processor seconds of all its threads; shared_seconds and
-    shared_cpu: on the rows that the pipeline ran too.
-    """
+@dataclass(frozen=True)
+class Run:
+    """Of a contestant over a piece: rows, seconds, and processor seconds of all its threads."""
 
-    rows: int = 0
-    seconds: float = 0.0
-    cpu: float = 0.0
-    shared_seconds: float = 0.0
-    shared_cpu: float = 0.0
-
-    def time(self, case: Callable[[], None], rows: int, shared: bool) -> None:
-        start, own = time.perf_counter(), time.process_time()
-        case()
-        seconds, cpu = time.perf_counter() - start, time.process_time() - own
-        self.rows, self.seconds, self.cpu = self.rows + rows, self.seconds + seconds, self.cpu + cpu
-        if shared:
-            self.shared_seconds, self.shared_cpu = self.shared_seconds + seconds, self.shared_cpu + cpu
+    rows: int
+    seconds: float
+    cpu: float
 
 
-def compare(options: argparse.Namespace, folder: Path) -> dict[str, Total]:
-    """Every contestant over the rows it runs."""
+def timed(case: Callable[[], None], rows: int) -> Run:
+    start, own = time.perf_counter(), time.process_time()
+    case()
+    return Run(rows, time.perf_counter() - start, time.process_time() - own)
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, dict[int, Run]]:
+    """Every contestant over the pieces it runs, by their number."""
     model_folder = prepare(options.model, folder / "model")
     theirs = AutoModelForSequenceClassification.from_pretrained(model_folder, attn_implementation="sdpa")
     classify = pipeline(
@@ -147,7 +142,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Total]:
     if not 1 <= wanted <= len(pieces):
         sys.exit(f"--rival-pieces: expected 1 to {len(pieces)}, got {wanted}")
     shared = set(random.Random(0).sample(range(len(pieces)), wanted))
-    totals = {name: Total() for name in cases}
+    runs: dict[str, dict[int, Run]] = {name: {} for name in cases}
     for number, piece in enumerate(pieces):
         source.write_text("".join(json.dumps(values) + "\n" for values in piece), encoding="utf-8")
         if not number:
@@ -156,46 +151,47 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Total]:
             check(*outputs)
         for name, case in cases.items():
             if name != RIVAL or number in shared:
-                totals[name].time(case, len(piece), number in shared)
-        rates = ", ".join(f"{total.rows / max(total.seconds, 1e-9):.0f}" for total in totals.values())
+                runs[name][number] = timed(case, len(piece))
+        here = [own[number] for own in runs.values() if number in own]
+        rates = ", ".join(f"{run.rows / run.seconds:.0f}" for run in here)
         print(f"piece {number + 1} of {len(pieces)}, rows a second: {rates}", flush=True)
-    report(options, totals)
-    return totals
+    report(options, runs)
+    return runs
 
 
-def report(options: argparse.Namespace, totals: dict[str, Total]) -> None:
+def ratio(runs: dict[int, Run], others: dict[int, Run], of: str) -> float:
+    """Median over the pieces that both ran: one that the machine was busy with counts as one."""
+    both = runs.keys() & others.keys()
+    return statistics.median(getattr(runs[i], of) / getattr(others[i], of) for i in both)
+
+
+def report(options: argparse.Namespace, runs: dict[str, dict[int, Run]]) -> None:
     where = environment()
-    table = Table("contestant", "rows", "s", "rows a second", "of pipeline", "of keep-all", "the same in CPU")
-    keep_all, rival = totals["dynplan predict, budget 1"], totals[RIVAL]
-    for name, total in totals.items():
-        cells = [f"{total.rows}", f"{total.seconds:.1f}", f"{total.rows / total.seconds:.0f}"]
-        cells += [f"{total.shared_seconds / rival.seconds:.3f}"]
-        if total is rival:
-            cells += ["", f"{total.shared_cpu / rival.cpu:.3f}"]
-        else:
-            cells += [f"{total.seconds / keep_all.seconds:.3f}"]
-            cells += [f"{total.shared_cpu / rival.cpu:.3f}, {total.cpu / keep_all.cpu:.3f}"]
-        table.add_row(name, *cells)
-    console = Console(width=120)
+    columns = ("of pipeline", "of keep-all", "CPU, of pipeline", "CPU, of keep-all")
+    table = Table("contestant", "rows", "s", "rows a second", *columns)
+    keep_all, rival = runs["dynplan predict, budget 1"], runs[RIVAL]
+    count = {name: sum(run.rows for run in own.values()) for name, own in runs.items()}
+    seconds = {name: sum(run.seconds for run in own.values()) for name, own in runs.items()}
+    for name, own in runs.items():
+        rate = statistics.median(run.rows / run.seconds for run in own.values())
+        ratios = [ratio(own, other, of) for of in ("seconds", "cpu") for other in (rival, keep_all)]
+        table.add_row(
+            name, f"{count[name]}", f"{seconds[name]:.0f}", f"{rate:.0f}", *(f"{r:.3f}" for r in ratios)
+        )
+    console = Console(width=140)
     console.print(
-        f"{keep_all.rows} rows of {options.input.name}, {rival.rows} of them beside the pipeline, "
-        f"{options.threads} threads, {where['isa']}"
+        f"{options.input.name}, {options.threads} threads, {where['isa']}; rates and ratios are medians over "
+        f"pieces of {options.piece} rows"
     )
     console.print(table)
-    share = keep_all.shared_seconds / rival.seconds
+    share = ratio(keep_all, rival, "seconds")
     verdict = "met" if share <= BAR else "NOT MET"
     console.print(f"keep-all takes {share:.3f} of the pipeline's time; at most {BAR} is asked for: {verdict}")
     if options.history:
         rows = [
-            {
-                "op": "predict",
-                "impl": name,
-                "shape": f"{total.rows} rows",
-                "dtype": "float32",
-                "p50": total.seconds,
-            }
+            {"op": "predict", "impl": name, "shape": f"{count[name]} rows", "dtype": "float32", "p50": spent}
             | where
-            for name, total in totals.items()
+            for name, spent in seconds.items()
         ]
         append_history(options.history, rows)
 
