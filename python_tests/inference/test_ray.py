@@ -102,7 +102,7 @@ def test_embeddings_as_parquet(cluster, job):
 
 def test_every_worker_keeps_a_stream_of_its_own(cluster, job, leaving):
     model = ModelSettings(leaving, stream_budget=0.4, burst=4)
-    many = replace(job, model=model, output=job.output.with_name("stream.csv"))
+    many = replace(job, model=model, output=job.output.with_name("stream.csv"), window=64)
     run_on_ray(many, cluster)
     rows = [
         row for path in sorted(many.output.iterdir()) for row in csv.DictReader(path.read_text().splitlines())
