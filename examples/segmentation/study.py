@@ -18,7 +18,7 @@ REGIONS = (
     LossOptions(kernel_size=5, p=2.0, cross_entropy_share=0.5),
     LossOptions(kernel_size=5, p=3.0, warm_up=0.5),
 )
-LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 class Job(NamedTuple):
