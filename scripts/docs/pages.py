@@ -1,7 +1,8 @@
-"""Hook of mkdocs: pages from files outside ``docs/``, the command line's page, links that hold on both sides.
+"""Hook of mkdocs: pages from files outside ``docs/``, the command line's page, links for both places.
 
-The same Markdown is read in the repository and on the site. Links are written for the repository. On the site a link
-to a file that has no page there becomes its plain text; one to a file that does not exist fails the build.
+The same Markdown is read in the repository and on the site. Links are written for the repository. On the site
+a link to a file that has no page there becomes its plain text; one to a file that does not exist fails the
+build.
 """
 
 import os
@@ -56,7 +57,9 @@ def command_line() -> str:
         for option in command.params:
             names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
             default = option.show_default if isinstance(option.show_default, str) else option.default
-            default = "required" if option.required else "" if default in (None, False, ()) else f"`{default}`"
+            default = (
+                "required" if option.required else "" if default in (None, False, ()) else f"`{default}`"
+            )
             help_text = " ".join((getattr(option, "help", None) or "").split()).replace("|", "\\|")
             rows.append(f"| {names} | {default} | {help_text} |")
         text += [f"## dynplan {name}", command.help or ""]

@@ -16,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HISTORY = "bench/history/compare_cpu.jsonl"
-_BLOCK = re.compile(r"(?P<head><!-- table: (?P<spec>[^\n]*?) -->\n).*?(?P<tail><!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<head><!-- table: (?P<spec>[^\n]*?) -->\n).*?(?P<tail><!-- end of table -->)", re.DOTALL
+)
 _MODELS = {"small": "12 layers of width 384", "bert-base": "BERT-base's size", "minilm": "MiniLM-L6"}
 _HEADLINE = ("small", "sentences", 32, "native")
 _NAMES = {
@@ -34,8 +36,8 @@ _NAMES = {
 
 
 def runs(rows: list[dict]) -> list[list[dict]]:
-    """Runs, newest first; one that a later run of the same case repeated, with no fewer sentences and engines, is
-    left out."""
+    """Runs, newest first; one that a later run of the same case repeated, with no fewer sentences and engines,
+    is left out."""
     by_run: dict[tuple, list[dict]] = {}
     for row in rows:
         by_run.setdefault((row["time"], *_case(row), row["sentences"]), []).append(row)
@@ -68,7 +70,9 @@ def engines(rows: list[dict]) -> str:
             -run[0]["sentences"],
         ),
     )
-    return "\n\n".join(part for run in ordered for part in (_heading(run[0]), _facts(run[0]), _engine_table(run)))
+    return "\n\n".join(
+        part for run in ordered for part in (_heading(run[0]), _facts(run[0]), _engine_table(run))
+    )
 
 
 def _heading(row: dict) -> str:
@@ -79,8 +83,8 @@ def _heading(row: dict) -> str:
 
 def _facts(row: dict) -> str:
     return (
-        f"{row['device']} ({row['isa']}), {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, "
-        f"{row['time'][:10]}, {row['rounds']} round{'s' * (row['rounds'] > 1)}; {row['tokens']} tokens; "
+        f"{row['device']} ({row['isa']}), {row['threads']} threads, torch {row['torch']}, "
+        f"commit {row['commit']}, {row['time'][:10]}, {row['rounds']} round{'s' * (row['rounds'] > 1)}; {row['tokens']} tokens; "
         f"product peak {row['product_peak'] / 1e9:.0f} GFLOP/s."
     )
 
@@ -121,12 +125,16 @@ def _engine(row: dict) -> str:
 def headline(rows: list[dict]) -> str:
     run = max((run for run in runs(rows) if _case(run[0]) == _HEADLINE), key=lambda run: run[0]["sentences"])
     theirs = next(row for row in run if row["engine"] == "hf-sdpa" and row["order"] == "as given")
-    shown = [row for row in run if row is theirs or row["of_fastest_rival"] == 1 or row["share"] in (1.0, 0.5)]
+    shown = [
+        row for row in run if row is theirs or row["of_fastest_rival"] == 1 or row["share"] in (1.0, 0.5)
+    ]
     cells = [
         [_engine(row), f"{row['sentences'] / row['p50']:.0f}", f"{theirs['p50'] / row['p50']:.1f} x"]
         for row in shown
     ]
-    return _markdown(["engine", "sentences/s", "speed"], cells) + f"\n\n{_heading(run[0])[4:]}. {_facts(run[0])}"
+    return (
+        _markdown(["engine", "sentences/s", "speed"], cells) + f"\n\n{_heading(run[0])[4:]}. {_facts(run[0])}"
+    )
 
 
 def report(name: str) -> str:
@@ -150,7 +158,9 @@ def fill(text: str) -> str:
 
     def table(block: re.Match) -> str:
         kind, *arguments = block["spec"].split()
-        made = {"engines": lambda: engines(history), "headline": lambda: headline(history), "report": report}[kind]
+        made = {"engines": lambda: engines(history), "headline": lambda: headline(history), "report": report}[
+            kind
+        ]
         return f"{block['head']}\n{made(*arguments)}\n\n{block['tail']}"
 
     return _BLOCK.sub(table, text)
