@@ -1,7 +1,7 @@
 """Extension of griffe: docstrings are written for ``help()``, the site wants Markdown.
 
-Sphinx's roles become links, and arguments that are described together (``word, type, position: ...``) stand one
-by one.
+Sphinx's roles become links, and arguments that are described together (``word, type, position: ...``) stand
+one by one.
 """
 
 import re

@@ -36,8 +36,8 @@ _NAMES = {
 
 
 def runs(rows: list[dict]) -> list[list[dict]]:
-    """Runs, newest first; one that a later run of the same case repeated, with no fewer sentences and engines,
-    is left out."""
+    """Runs, newest first; one that a later run of the same case repeated, with no fewer sentences and
+    engines, is left out."""
     by_run: dict[tuple, list[dict]] = {}
     for row in rows:
         by_run.setdefault((row["time"], *_case(row), row["sentences"]), []).append(row)
@@ -84,8 +84,8 @@ def _heading(row: dict) -> str:
 def _facts(row: dict) -> str:
     return (
         f"{row['device']} ({row['isa']}), {row['threads']} threads, torch {row['torch']}, "
-        f"commit {row['commit']}, {row['time'][:10]}, {row['rounds']} round{'s' * (row['rounds'] > 1)}; {row['tokens']} tokens; "
-        f"product peak {row['product_peak'] / 1e9:.0f} GFLOP/s."
+        f"commit {row['commit']}, {row['time'][:10]}, {row['rounds']} round{'s' * (row['rounds'] > 1)}; "
+        f"{row['tokens']} tokens; product peak {row['product_peak'] / 1e9:.0f} GFLOP/s."
     )
 
 
@@ -125,9 +125,7 @@ def _engine(row: dict) -> str:
 def headline(rows: list[dict]) -> str:
     run = max((run for run in runs(rows) if _case(run[0]) == _HEADLINE), key=lambda run: run[0]["sentences"])
     theirs = next(row for row in run if row["engine"] == "hf-sdpa" and row["order"] == "as given")
-    shown = [
-        row for row in run if row is theirs or row["of_fastest_rival"] == 1 or row["share"] in (1.0, 0.5)
-    ]
+    shown = [row for row in run if row["share"] in (1.0, 0.5)]
     cells = [
         [_engine(row), f"{row['sentences'] / row['p50']:.0f}", f"{theirs['p50'] / row['p50']:.1f} x"]
         for row in shown
