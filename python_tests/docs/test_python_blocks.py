@@ -5,8 +5,6 @@ models, ``train.jsonl`` and ``rows.csv`` files of rows. A name that a block uses
 ``inputs``, ``logits``) gets a stand-in; a public name of dynplan is itself.
 """
 
-import ast
-import builtins
 import functools
 import json
 import shutil
@@ -25,22 +23,6 @@ from dynplan.policies import RandomPath
 
 BLOCKS = [block for block in blocks() if block.language == "python"]
 _SENTENCES = ["good w1 w2", "bad w3"]
-
-
-def free_names(text: str) -> set[str]:
-    """Names that a block uses before anything in it makes them."""
-    nodes = list(ast.walk(ast.parse(text)))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    made = {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-    made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    for node in nodes:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            made |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
-    # In a line the right-hand side comes first: model = dynplan.swap(model).
-    first = {}
-    for name in sorted(names, key=lambda name: (name.lineno, not isinstance(name.ctx, ast.Load))):
-        first.setdefault(name.id, name.ctx)
-    return {name for name, use in first.items() if isinstance(use, ast.Load)} - made - {*dir(builtins)}
 
 
 def make_model(text: str):
@@ -91,6 +73,23 @@ STAND_INS = {
 _PUBLIC = (ops, nn, policies, training, inference, families)
 
 
+class Names(dict):
+    """What a block sees: what it makes itself, and for all else stand-ins and public names."""
+
+    def __init__(self, text: str):
+        super().__init__(__name__="__main__")
+        self.text = text
+
+    def __missing__(self, name: str):
+        if name in STAND_INS:
+            self[name] = STAND_INS[name](self.text)
+            return self[name]
+        for module in _PUBLIC:
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise KeyError(name)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What blocks read from."""
@@ -119,14 +118,8 @@ def test_block(block, folder, tmp_path, monkeypatch, one_thread):
     if "torch.distributed" in block.text:
         store = f"file://{tmp_path / 'store'}"
         torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    names = {}
-    for name in free_names(block.text):
-        if name in STAND_INS:
-            names[name] = STAND_INS[name](block.text)
-        else:
-            names[name] = next(getattr(module, name) for module in _PUBLIC if hasattr(module, name))
     try:
-        exec(compile(block.text, str(block), "exec"), names | {"__name__": "__main__"})
+        exec(compile(block.text, str(block), "exec"), Names(block.text))
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
