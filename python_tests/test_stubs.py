@@ -28,7 +28,7 @@ _WORDS = {
 
 
 def of_module(name: str) -> ast.FunctionDef:
-    """The signature in the first line of the function's docstring, which pybind11 makes from the C++ types."""
+    """The signature that pybind11 makes of the C++ types, in the first line of the docstring."""
     line = getattr(_native, name).__doc__.splitlines()[0]
     for theirs, ours in _WORDS.items():
         line = line.replace(theirs, ours)
