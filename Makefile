@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml version.txt
 
-.PHONY: demo test test-cpp cuda-check bench lint wheel wheel-check sdist build-times clean
+.PHONY: demo test test-cpp cuda-check bench lint docs coverage wheel wheel-check sdist build-times clean
 
 demo: $(VENV)/.built-demo
 	$(BIN)/dynplan demo --output dynplan-demo
@@ -28,8 +28,17 @@ cuda-check: $(VENV)/.torch
 bench: $(VENV)/.built-test
 	$(BIN)/dynplan bench
 
-lint: $(VENV)/.built-test
+lint: $(VENV)/.built-test docs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+# The site, in build/site; a warning is an error.
+docs: $(VENV)/.built-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+# Which lines and branches of the Python code the tests reach. A test run apart: tracing slows it.
+coverage: $(VENV)/.built-test
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 # One wheel for this Python and this release of torch, into dist/. For another: TORCH=torch==2.14.1 VENV=.venv-2.14
 wheel: $(VENV)/.torch

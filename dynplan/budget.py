@@ -13,7 +13,15 @@ from torch import Tensor
 
 
 def check_budget(name: str, budget: Any, argument: str = "budget") -> float:
-    """The budget as a float; ``argument`` is what errors call it.
+    """A budget as a float.
+
+    Args:
+        name: of the class or function, for errors.
+        budget: share of layer work, 0..1.
+        argument: what errors call it.
+
+    Returns:
+        The budget.
 
     Raises:
         TypeError: not a number.

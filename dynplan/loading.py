@@ -2,18 +2,28 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dynplan.errors import InputError
 
 
-def load(name: str, folder: str | Path, loader: Callable):
-    """``loader(folder)``; whatever it raises becomes an InputError in one line.
+def load(name: str, folder: str | Path, loader: Callable[[str | Path], Any]) -> Any:
+    """Call a loader; whatever it raises becomes one line that says what was expected.
 
-    name: of the option that gave the folder.
+    Args:
+        name: of the option that gave the folder.
+        folder: its argument.
+        loader: called with it.
+
+    Returns:
+        What the loader gives.
+
+    Raises:
+        InputError: the loader raised.
     """
     try:
         return loader(folder)
@@ -27,8 +37,18 @@ def load(name: str, folder: str | Path, loader: Callable):
         ) from error
 
 
-def load_tokenizer(folder: str | Path):
-    """The tokenizer in ``folder``; transformers would make up an empty one where there is none."""
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; transformers would make up an empty one where there is none.
+
+    Args:
+        folder: of a model with its tokenizer.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: a folder without a tokenizer, a damaged one, or one without a padding token.
+    """
     folder = Path(folder)
     tokenizer = load("tokenizer", folder, AutoTokenizer.from_pretrained)
     names = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})

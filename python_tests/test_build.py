@@ -50,6 +50,7 @@ def test_a_source_distribution_holds_every_source(tmp_path):
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     files += [str(f.relative_to(ROOT)) for f in ROOT.glob("csrc/**/*") if f.is_file()]
     files += [str(f.relative_to(ROOT)) for f in ROOT.glob("dynplan/**/*.py")]
+    files += ["dynplan/_native.pyi", "dynplan/py.typed"]
     assert not set(files) - held
 
 

@@ -27,12 +27,19 @@ _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers, 
 class ModelSettings:
     """Everything a process needs to make the model.
 
-    folder: of the model; task: "predict" or "embed"; budget: share of layer work, None: the saved one;
-    weights: for ``dynplan.swap``; pooling, normalize: of embeddings, None: what the folder says;
-    stream_budget, burst: share and burst of a :class:`~dynplan.StreamBudget` over all rows of a run, in the
-    place of ``budget``.
+    Args:
+        folder: of the model.
+        task: "predict" or "embed".
+        budget: share of layer work, 0..1; None: the saved one.
+        weights: "int8" or "bfloat16", for :func:`dynplan.swap`; None: the model's own.
+        pooling: of embeddings, "mean", "cls" or "max"; None: what the folder says.
+        normalize: whether embeddings have length 1; None: what the folder says.
+        stream_budget: share of a :class:`~dynplan.StreamBudget` over all rows of a run, in the place of
+            ``budget``.
+        burst: of that budget, in rows.
 
-    Raises InputError for budgets out of range, two of them, or a burst without its stream.
+    Raises:
+        InputError: budgets out of range, two of them, or a burst without its stream.
     """
 
     folder: Path

@@ -31,12 +31,20 @@ _BAR = "{desc}: {postfix}, {percentage:.0f}% read, {remaining} left"
 class RunSettings:
     """Everything a run is made of.
 
-    inputs: files, folders or patterns; output: file, whose name says the format; bad: file for rows that
-    cannot be used, None: OUTPUT.bad.jsonl; batch_size: rows of a forward; window: rows that are sorted by
-    length, and lost from the work of a killed process; max_length: tokens that rows are cut to, None: as in
-    training, or what the model has room for; workers: processes that tokenize.
+    Args:
+        model: the model's settings.
+        inputs: files, folders or patterns.
+        output: file, whose name says the format.
+        columns: names of the columns.
+        skip_bad: write rows that cannot be used to a file of their own and go on.
+        bad: that file; None: ``OUTPUT.bad.jsonl``.
+        batch_size: rows of a forward.
+        window: rows that are sorted by length, and lost from the work of a killed process.
+        max_length: tokens that rows are cut to; None: as in training, or what the model has room for.
+        workers: processes that tokenize; 0: none.
 
-    Raises InputError for a number out of its range.
+    Raises:
+        InputError: a number out of its range.
     """
 
     model: ModelSettings
@@ -58,9 +66,11 @@ class RunSettings:
 
     @property
     def bad_path(self) -> Path:
+        """File for rows that cannot be used."""
         return self.bad or self.output.with_name(self.output.name + ".bad.jsonl")
 
     def reader(self) -> WindowReader:
+        """Reads the rows in windows; raises InputError for inputs that are not there."""
         return WindowReader(
             tuple(find_inputs(self.inputs)),
             self.columns,
@@ -95,8 +105,13 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Summary:
-    """rows: written in all; bad: rows that could not be used; new, seconds: rows of this process and its time
-    with the model loaded.
+    """What a run did.
+
+    Attributes:
+        rows: written in all.
+        bad: rows that could not be used.
+        new: rows of this process.
+        seconds: its time with the model loaded.
     """
 
     rows: int
@@ -108,13 +123,23 @@ class Summary:
 def run(
     settings: RunSettings, resume: bool = False, progress: bool = True, model: RunModel | None = None
 ) -> Summary | None:
-    """Run a model over files; ``model``: of ``settings.model``, where it is loaded already.
+    """Run a model over files.
 
-    Killed at any moment and called again with ``resume``, it gives the same bytes as without. With
-    ``resume`` and the output already whole there is nothing to do, and None comes back.
+    Killed at any moment and called again with ``resume``, it gives the same bytes as without.
 
-    Raises InputError for what cannot be used, naming file and line of a row; what was done before stays, and
-    ``resume`` goes on there once the row is mended.
+    Args:
+        settings: of the run.
+        resume: go on with what an unfinished run has left.
+        progress: whether a bar is shown.
+        model: of ``settings.model``, where it is loaded already.
+
+    Returns:
+        What was done; None where ``resume`` finds the output whole already.
+
+    Raises:
+        InputError: what cannot be used, naming file and line of a row. What was done before stays, and
+            ``resume`` goes
+            on there once the row is mended.
     """
     if resume and Journal.is_whole(settings.output):
         return None

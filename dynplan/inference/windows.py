@@ -24,8 +24,10 @@ from dynplan.records import field as column_of
 class InputColumns:
     """Names of the columns that are read.
 
-    pair: of the second sentence; None: ``sentence2``, where there is one. key: of what rows are known by in
-    the output; None: the file's name and the number of the row in it.
+    Attributes:
+        text: of the sentence.
+        pair: of the second sentence; None: ``sentence2``, where there is one.
+        key: of what rows are known by in the output; None: the file's name and the number of the row in it.
     """
 
     text: str = "sentence1"
@@ -34,6 +36,7 @@ class InputColumns:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All of them, each once."""
         names = (self.text, self.pair or "sentence2", self.key)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 

@@ -34,6 +34,8 @@ class Exits(nn.Module):
             BERxiT (Xin et al., EACL 2021).
         errors: for regression, a network ``H + 1 -> 1`` for each exit: the logarithm of its squared error.
 
+    Trained beside the full path (deep supervision, arXiv 1409.5185).
+
     Raises:
         ValueError: sizes that are not positive, depths that do not rise within ``1..L-1``.
     """

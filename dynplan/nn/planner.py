@@ -55,8 +55,8 @@ def _pool_without_host(hidden: Tensor, cu_seqlens: Tensor, kind: str) -> Tensor:
 class UpfrontPlanner(nn.Module):
     """Scores the whole path of every sample from one look at the embeddings.
 
-    Features of a sample: mean and maximum of its packed embeddings and the logarithm of its length. In *layer
-        mode*
+    In the manner of DPBERT (arXiv 2308.00108), whose planner is not published. What it looks at: mean and
+    maximum of a sample's packed embeddings and the logarithm of its length. In *layer mode*
     (``paths=None``) the budget is a feature too and the output is one score per layer. In *path mode* the
     output is the expected quality of each path of a table, whatever the budget; the policy then trades
     quality against cost.
@@ -217,8 +217,8 @@ class UpfrontPlanner(nn.Module):
 class StepwisePlanner(nn.Module):
     """Scores one layer at a time, from the states that are about to enter it.
 
-    Features: mean and first row of each sample's packed hidden states, and the budget. One small network per
-        layer.
+    In the manner of DPBERT (arXiv 2308.00108), whose planner is not published. What it looks at: mean and
+    first row of each sample's packed hidden states, and the budget, through one small network per layer.
     A layer is wanted when its score reaches :meth:`threshold`, the quantile of training scores at that
     budget.
 
@@ -227,6 +227,9 @@ class StepwisePlanner(nn.Module):
         num_layers: ``L`` of the encoder.
         width: units of each gate's hidden layer.
         thresholds: quantiles of the training scores, as :meth:`calibrate` stores them.
+
+    Raises:
+        ValueError: sizes that are not positive, ``thresholds`` that are not numbers.
     """
 
     stepwise = True

@@ -18,9 +18,9 @@ class RegionCrossEntropyLoss(nn.Module):
     :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
-        kernel_size, sigma, stride, p, merge, normalize, ignore_index, label_smoothing, reduction, spacing,
-            process_group: as in :func:`dynplan.ops.region_cross_entropy`.
-        weight: (C,) class weights, a buffer of the module, not part of its state dict.
+        kernel_size, sigma, stride, p, merge, normalize: as in :func:`dynplan.ops.region_cross_entropy`.
+        ignore_index, label_smoothing, reduction, spacing, process_group: as there.
+        weight: (C,) floating, class weights, a buffer of the module, not part of its state dict.
         align_corners: a bool lets logits (N, C, h, w) be smaller than labels (N, H, W): they are interpolated
             inside the loss, see :func:`dynplan.ops.region_cross_entropy_upsampled`. None: sizes must be
             equal.
@@ -47,7 +47,7 @@ class RegionCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         spacing: float | Sequence[float] = 1.0,
-        process_group=None,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
         align_corners: bool | None = None,
     ) -> None:
         super().__init__()
@@ -70,6 +70,7 @@ class RegionCrossEntropyLoss(nn.Module):
         }
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits and labels; shapes above."""
         if self.align_corners is None:
             return region_cross_entropy(input, target, weight=self.weight, **self.options)
         return region_cross_entropy_upsampled(
@@ -84,5 +85,6 @@ class RegionCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The options, for ``print``."""
         shown = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
         return shown + (", weighted" if self.weight is not None else "")

@@ -34,20 +34,37 @@ ACTIVATIONS = {
 
 
 class EncoderLayerWeights(NamedTuple):
-    """Weights of one post-norm encoder layer, width H, feed-forward width I, as ``nn.Linear`` keeps them."""
+    """Weights of one post-norm encoder layer, width H, feed-forward width I, as ``nn.Linear`` keeps them.
 
-    qkv_weight: Tensor  # (3H, H): query, key, value one under the other
-    qkv_bias: Tensor  # (3H,)
-    output_weight: Tensor  # (H, H)
-    output_bias: Tensor  # (H,)
-    norm1_weight: Tensor  # (H,)
-    norm1_bias: Tensor  # (H,)
-    up_weight: Tensor  # (I, H)
-    up_bias: Tensor  # (I,)
-    down_weight: Tensor  # (H, I)
-    down_bias: Tensor  # (H,)
-    norm2_weight: Tensor  # (H,)
-    norm2_bias: Tensor  # (H,)
+    All of one floating dtype: float32, bfloat16 or float64, on CUDA also float16.
+
+    Attributes:
+        qkv_weight: (3H, H), dtype of all: query, key, value one under the other.
+        qkv_bias: (3H,), dtype of all.
+        output_weight: (H, H), dtype of all.
+        output_bias: (H,), dtype of all.
+        norm1_weight: (H,), dtype of all; the norm after attention.
+        norm1_bias: (H,), dtype of all.
+        up_weight: (I, H), dtype of all.
+        up_bias: (I,), dtype of all.
+        down_weight: (H, I), dtype of all.
+        down_bias: (H,), dtype of all.
+        norm2_weight: (H,), dtype of all; the norm after the feed-forward.
+        norm2_bias: (H,), dtype of all.
+    """
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    down_weight: Tensor
+    down_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
 
 
 def pack_encoder_weights(weights: EncoderLayerWeights) -> Tensor:

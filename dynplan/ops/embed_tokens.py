@@ -33,7 +33,7 @@ def embed_tokens(
         attention_mask: (B, S) bool or integer, 1 (token) or 0 (padding), any pattern; None: all are tokens.
         token_type_ids: (B, S) int64 or int32, rows of ``type``; None: its row 0.
         word, type, position: (V, E), (K, E), (P, E) floating, of one dtype.
-        norm_weight, norm_bias: (E,), of the layer norm.
+        norm_weight, norm_bias: (E,) of the same dtype, of the layer norm.
         eps: of the layer norm, added to the variance.
         padding_idx: None: ``p`` is the column. Else positions count as RoBERTa's do: ``padding_idx`` plus the
             number of ids in the row so far that are not ``padding_idx``, and ``padding_idx`` where the id is.

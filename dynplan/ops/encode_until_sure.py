@@ -25,8 +25,8 @@ class Rungs(NamedTuple):
         chain: the depths at which samples may leave, rising within ``1..L``; empty: nobody runs anything.
         exits: weight ``(H, H)`` and bias ``(H,)``, float32, for each of ``chain`` below ``L``.
         sureness: "confidence", "entropy", "learned", "error" or "patience": the policies' words.
-        measures: for "learned" weight ``(1, H)`` and bias of each of those exits; for "error" those of two
-            linear maps of each; else none.
+        measures: float32; for "learned" weight ``(1, H)`` and bias of each of those exits; for "error" those
+            of two linear maps of each; else none.
         temperatures: for "confidence" those of the exits.
         thresholds: sureness to leave with at the budgets ``0, 1/n, ..., 1``.
         budget: share of layer work, 0..1.
@@ -70,10 +70,12 @@ def encode_until_sure(
     """Last hidden states of every sample along the path that its answers decide. CPU and inference only.
 
     Args:
-        input_ids, ..., reads_first: as for :func:`~dynplan.ops.encode_tokens`.
+        input_ids, attention_mask, token_type_ids: as for :func:`~dynplan.ops.encode_tokens`.
+        word, type, position, norm_weight, norm_bias, norm_eps, padding_idx: as there.
+        packed_weights, num_heads, activation, eps, reads_first: as there.
         rungs: where samples may leave.
-        head: float32 weight and bias of the one or two linear maps that the model's own head consists of,
-            from the state in first position to the answer.
+        head: float32 weight (N, K) and bias (N,) of the one or two linear maps that the model's own head
+            consists of, from the state in first position to the answer.
         head_activation: between the two: "tanh", "gelu" or "relu"; "none" where there is one.
 
     Returns:

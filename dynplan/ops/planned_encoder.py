@@ -43,8 +43,8 @@ def planned_encoder(
         hidden: (B, S, H) floating, embeddings.
         attention_mask: (B, S) bool or integer, 1 (token) or 0 (padding), any pattern; None: all are tokens.
         keep: (B, L) bool, the plan; None: every layer for every sample.
-        weights: 16 L tensors: for each layer weight and bias of query, key, value, output, first norm, up,
-            down, second norm.
+        weights: 16 L tensors of one floating dtype: for each layer weight (N, K) and bias (N,) of query, key,
+            value, output, first norm, up, down, second norm.
         num_heads, activation, eps: as for :func:`~dynplan.ops.conditional_encoder`.
         dtype: "int8" or "bfloat16": of :func:`~dynplan.ops.pack_reduced_encoder_weights`; None: the weights'.
         reads_first: whether position 0 is going to be read: then it has to be a token in every sample that

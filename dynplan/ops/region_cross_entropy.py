@@ -20,10 +20,10 @@ class RegionStats(NamedTuple):
     """The loss and what the same pass knows beside it.
 
     Attributes:
-        loss: what ``reduction`` asked for; differentiable.
+        loss: () or (N, *anchors), what ``reduction`` asked for, floating; differentiable.
         normalizer: float64 (), sum over valid anchors of ``weight[label] ** p``; their number without
             ``weight``.
-        losses: (N, *anchors), the loss of each anchor, 0 where its label is ignored; differentiable.
+        losses: (N, *anchors) floating, the loss of each anchor, 0 where its label is ignored; differentiable.
         agreement: int16 (N, *anchors), pixels of each window that share the anchor's label, the anchor
             included; 0 where its label is ignored.
     """
@@ -48,19 +48,18 @@ def region_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     spacing: float | Sequence[float] = 1.0,
-    process_group=None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
-    r"""Cross-entropy of windows of one category, in the manner of arXiv 1802.08290.
+    """Cross-entropy of windows of one category, in the manner of arXiv 1802.08290.
 
-    Each window centre (anchor) :math:`q` merges the logits of those pixels :math:`p` of its window that share
-    its label, and cross-entropy is taken on the merged vector:
+    Each window centre (anchor) ``q`` merges the logits ``x`` of those pixels of its window ``W(q)`` that
+    share its label ``y_q``, and cross-entropy is taken on the merged vector::
 
-    .. math::
-        z_q = \frac{1}{Z_q} \sum_{p \in W(q),\, y_p = y_q} e^{-d(p,q)^2 / 2\sigma^2} x_p, \qquad
-        l_q = \mathrm{logsumexp}(z_q) - z_q[y_q], \qquad
-        L = \Big(\frac{1}{M} \sum_q l_q^{\,p}\Big)^{1/p}
+        z_q = 1/Z_q * sum over p in W(q), y_p = y_q, of exp(-d(p, q)^2 / 2 sigma^2) x_p
+        l_q = logsumexp(z_q) - z_q[y_q]
+        L   = (1/M * sum over q of l_q^p)^(1/p)
 
-    with :math:`d` the chessboard distance and :math:`M` the number of anchors whose label is not ignored.
+    with ``d`` the chessboard distance and ``M`` the number of anchors whose label is not ignored.
     Merged logits, one-hot masks and softmax maps are never stored. ``kernel_size=1, p=1`` is
     :func:`torch.nn.functional.cross_entropy`. The paper's equations 4 and 5 give the loss of a window and the
     mean; ``docs/region-loss.md`` lists the choices made where it is silent.
@@ -79,16 +78,17 @@ def region_cross_entropy(
             one per axis.
         p: exponent of the Minkowski mean over anchors, at least 1. Larger values favour hard windows.
         merge: ``"logits"``, or ``"probs"`` to merge probabilities instead:
-            :math:`l_q = -\log v_q[y_q]`, :math:`v_q = \sum_p e^{-d^2/2\sigma^2} \mathrm{softmax}(x_p) / Z_q`.
-            Probabilities are floored at the smallest normal number, so that no :math:`-\log` exceeds 87.4 in
+            ``l_q = -log v_q[y_q]``, ``v_q = sum of exp(-d^2 / 2 sigma^2) softmax(x_p) / Z_q``.
+            Probabilities are floored at the smallest normal number, so that no ``-log`` exceeds 87.4 in
             float32; the gradient goes on below the floor.
-        normalize: :math:`Z_q` is the sum of the agreeing pixels' Gaussian weights (``"weight"``) or their
+        normalize: ``Z_q`` is the sum of the agreeing pixels' Gaussian weights (``"weight"``) or their
             number (``"count"``).
-        weight: (C,) class weights. A loss is multiplied by its label's weight as in ``F.cross_entropy``, and
-            :math:`M` becomes :math:`\sum_q w_{y_q}^p`.
+        weight: (C,) floating, class weights. A loss is multiplied by its label's weight as in
+            ``F.cross_entropy``, and ``M`` becomes the sum of ``weight[y_q]^p``.
         ignore_index: label, or at most 16 labels, whose pixels are in no window and are no anchors.
         label_smoothing: in 0..1, as in ``F.cross_entropy``, on the merged vector: the loss is
-            :math:`(1 - \epsilon)` of the label's and :math:`\epsilon / C` of the weighted sum over classes.
+            ``1 - label_smoothing`` of the label's and ``label_smoothing / C`` of the weighted sum over
+            classes.
         reduction: ``"mean"``, the Minkowski mean; ``"none"``, the map of anchor losses; ``"sum"``, their sum
             (needs ``p=1``).
         spacing: size of a pixel (anisotropic voxels); one value or one per axis.
@@ -129,15 +129,23 @@ def region_cross_entropy_stats(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     spacing: float | Sequence[float] = 1.0,
-    process_group=None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     align_corners: bool | None = None,
 ) -> RegionStats:
-    """:func:`region_cross_entropy` with its diagnostics from the same pass; arguments and errors are the
-    same.
+    """:func:`region_cross_entropy` with its diagnostics from the same pass.
 
-    With ``process_group`` the loss is that of all ranks, the diagnostics are this rank's. ``align_corners``:
-    None for logits at the labels' resolution, a bool for
-    :func:`~dynplan.ops.region_cross_entropy_upsampled`.
+    Args:
+        input, target, kernel_size, sigma, stride, p, merge, normalize: as in :func:`region_cross_entropy`.
+        weight, ignore_index, label_smoothing, reduction, spacing: as there.
+        process_group: the loss is that of all ranks, the diagnostics are this rank's.
+        align_corners: None for logits at the labels' resolution, a bool as in
+            :func:`~dynplan.ops.region_cross_entropy_upsampled`.
+
+    Returns:
+        The loss, its normaliser, the map of losses and that of agreement.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`region_cross_entropy`.
     """
     return run(
         align_corners, True, process_group, input, target, weight, kernel_size, stride, spacing, sigma, p,

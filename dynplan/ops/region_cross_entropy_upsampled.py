@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dynplan.ops.region_cross_entropy import run
@@ -21,7 +22,7 @@ def region_cross_entropy_upsampled(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     spacing: float | Sequence[float] = 1.0,
-    process_group=None,
+    process_group: "torch.distributed.ProcessGroup | None" = None,
     align_corners: bool = False,
 ) -> Tensor:
     """:func:`~dynplan.ops.region_cross_entropy` of the bilinear interpolation of ``input`` to the labels'
@@ -34,7 +35,7 @@ def region_cross_entropy_upsampled(
     Args:
         input: (N, C, h, w) logits, as in :func:`~dynplan.ops.region_cross_entropy`; meant for 2 to 8 times
             fewer pixels an axis than ``target`` has, right for any size.
-        target: (N, H, W) or (N, 1, H, W) labels.
+        target: (N, H, W) or (N, 1, H, W) labels, integer.
         kernel_size, sigma, stride, p, merge, normalize, weight, ignore_index, label_smoothing: as in
             :func:`~dynplan.ops.region_cross_entropy`, in pixels of ``target``.
         reduction, spacing, process_group: as there.

@@ -70,9 +70,12 @@ class MinkowskiAccumulator:
     Args:
         p: exponent of the losses that are added.
         process_group: a :mod:`torch.distributed` group to take the mean over, too.
+
+    Raises:
+        RuntimeError: by :meth:`finish`, where nothing was added.
     """
 
-    def __init__(self, p: float, process_group=None) -> None:
+    def __init__(self, p: float, process_group: "dist.ProcessGroup | None" = None) -> None:
         self.p = p
         self.process_group = process_group
         self._reference: Tensor | None = None  # loss and normaliser that the sums are relative to
@@ -84,11 +87,14 @@ class MinkowskiAccumulator:
         return self._sums is not None
 
     def add(self, loss: Tensor, normalizer: Tensor) -> Tensor:
-        """Takes one micro-batch in and returns the scalar to call ``backward()`` on.
+        """Takes one micro-batch in.
 
         Args:
-            loss: () the micro-batch's Minkowski mean.
-            normalizer: () its normaliser, as :class:`~dynplan.ops.RegionStats` gives it.
+            loss: () floating, the micro-batch's Minkowski mean.
+            normalizer: () float64, its normaliser, as :class:`~dynplan.ops.RegionStats` gives it.
+
+        Returns:
+            () the scalar to call ``backward()`` on, dtype of ``loss``.
         """
         local, normalizer = loss.detach().double(), normalizer.detach().double()
         if not self.started:
@@ -104,8 +110,17 @@ class MinkowskiAccumulator:
         return _with_slope(loss, loss.detach(), share * ratio ** (self.p - 1))
 
     def finish(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Scales the gradients of ``parameters`` and returns the () mean over everything added; starts
-        afresh."""
+        """Scales the gradients and starts afresh.
+
+        Args:
+            parameters: whose gradients were accumulated.
+
+        Returns:
+            () float64, the mean over everything added.
+
+        Raises:
+            RuntimeError: nothing was added.
+        """
         if not self.started:
             raise RuntimeError("MinkowskiAccumulator: expected add before finish")
         ranks = 1

@@ -20,11 +20,11 @@ class PlanRequest:
     Attributes:
         batch_size: ``B``.
         num_layers: ``L``.
-        hidden: packed embeddings, ``(T, H)``; on CUDA rows beyond ``cu_seqlens[-1]`` hold nothing.
+        hidden: packed embeddings, floating ``(T, H)``; on CUDA rows beyond ``cu_seqlens[-1]`` hold nothing.
         cu_seqlens: int32 ``(B + 1,)``, offsets of the samples in ``hidden``.
         budget: share of layer work for this batch, 0..1, or None: the policy's own.
         input_ids: integer ``(B, S)`` as the model got them, or None (``inputs_embeds``).
-        attention_mask: ``(B, S)``, nonzero at tokens, or None: all are tokens.
+        attention_mask: bool or integer ``(B, S)``, nonzero at tokens, or None: all are tokens.
         stream: the budget over all batches, or None; ``budget`` is its share then.
         answer: the model's own head, ``(B, H)`` -> logits ``(B, C)``: what it answers where it reads these
             states in first position; or None where the model has no such head.
@@ -44,6 +44,7 @@ class PlanRequest:
 
     @property
     def device(self) -> torch.device:
+        """Where the plan shall be: the device of the states."""
         return self.hidden.device
 
 
@@ -134,6 +135,12 @@ class BudgetPolicy(Policy):
 
 def policy_from_config(config: Mapping[str, Any]) -> Policy:
     """Build the policy that ``to_config`` described; a planner gets fresh weights.
+
+    Args:
+        config: JSON values, ``type`` among them.
+
+    Returns:
+        The policy.
 
     Raises:
         ValueError: unknown type, or arguments it does not take.

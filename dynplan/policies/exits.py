@@ -25,7 +25,7 @@ _SWAY = 0.5  # how far the stream's level moves the budget that the threshold is
 
 class ConfidenceExit(BudgetPolicy):
     """Leaves at an exit whose answer is confident: its largest probability at a temperature per exit, or for
-    regression the error that a small network expects.
+    regression the error that a small network expects. Temperatures: arXiv 1706.04599.
 
     Two or three exits of all that there are, and the threshold, belong to a budget; they are chosen on
     held-out training rows (:func:`dynplan.training.exits.calibrate`). One exit for all samples is among the
@@ -245,7 +245,9 @@ class EntropyExit(ConfidenceExit):
 
 class PatienceExit(ConfidenceExit):
     """Leaves once so many exits in a row have given the same answer: PABEE (Zhou et al., arXiv 2006.04152).
-    For regression the same means closer than ``tolerance`` of that paper's setting, 0.05 of a unit."""
+    For regression
+    the same means closer than ``tolerance`` of that paper's setting, 0.05 of a unit.
+    """
 
     def sureness(self, index: int, answers: Tensor, pooled: Tensor, request: PlanRequest) -> Tensor:
         before, count = request.memory.get("patience", (None, None))
@@ -260,8 +262,8 @@ class PatienceExit(ConfidenceExit):
 
 
 class LearnedExit(ConfidenceExit):
-    """Leaves where a learned linear map of the states says that the answer is right: BERxiT (Xin et al., EACL
-    2021)."""
+    """Leaves where a learned linear map of the states says that the answer is right: BERxiT (Xin et al.,
+    EACL 2021)."""
 
     def sureness(self, index: int, answers: Tensor, pooled: Tensor, request: PlanRequest) -> Tensor:
         return self.planner.certainty[index](pooled).squeeze(1)

@@ -63,6 +63,9 @@ class RandomPath(BudgetPolicy):
     Args:
         budget: share of layer work, 0..1.
         seed: of the sequence of plans: two policies with one seed give the same plans in the same order.
+
+    Raises:
+        TypeError, ValueError: a budget that is no number, or not within 0..1.
     """
 
     reads_hidden = False
@@ -110,6 +113,9 @@ class HashPath(BudgetPolicy):
     Args:
         budget: share of layer work, 0..1.
         seed: of the hash.
+
+    Raises:
+        TypeError, ValueError: a budget that is no number, or not within 0..1.
     """
 
     reads_hidden = False

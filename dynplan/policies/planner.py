@@ -21,6 +21,10 @@ class PlannerPolicy(BudgetPolicy):
         planner: :class:`dynplan.nn.UpfrontPlanner`, :class:`dynplan.nn.StepwisePlanner`, or a module with
             their interface.
         budget: share of layer work, 0..1.
+
+    Raises:
+        TypeError: ``planner`` is not such a module, or ``budget`` not a number.
+        ValueError: ``budget`` is not within 0..1.
     """
 
     def __init__(self, planner: nn.Module, budget: float = 1.0) -> None:

@@ -30,8 +30,11 @@ TASK_NAMES = ("auto", *_TASKS)
 class Task:
     """What is predicted and which figure ranks the results.
 
-    kind: ``"classification"`` or ``"regression"``; labels: the label values in class order (empty for
-    regression); metric: the ranking figure, two names joined by ``+`` for their mean.
+    Attributes:
+        name: of the task, one of GLUE's or "auto", "classification", "regression".
+        kind: "classification" or "regression".
+        labels: the label values in class order; empty for regression.
+        metric: the ranking figure, two names joined by ``+`` for their mean.
     """
 
     name: str
@@ -41,13 +44,22 @@ class Task:
 
     @property
     def num_labels(self) -> int:
+        """Outputs of the model's head: the number of labels, 1 for regression."""
         return 1 if self.kind == "regression" else len(self.labels)
 
 
 def infer_task(rows: list[dict], name: str = "auto") -> Task:
-    """The task that ``rows`` hold. ``auto``: any float label means regression, otherwise classification.
+    """The task that rows hold.
 
-    Raises InputError for an unknown name, and when the labels do not fit the kind.
+    Args:
+        rows: of :func:`read_rows`.
+        name: of the task. "auto": any float label means regression, otherwise classification.
+
+    Returns:
+        The task.
+
+    Raises:
+        InputError: an unknown name, or labels that do not fit the kind.
     """
     if name not in TASK_NAMES:
         raise InputError(f"task: expected one of {', '.join(TASK_NAMES)}, got {name!r}")
@@ -118,7 +130,20 @@ class EncodedDataset(Dataset):
 
 
 def encode_rows(rows: list[dict], task: Task, tokenizer, max_length: int) -> EncodedDataset:
-    """Tokenize ``rows``, cut to ``max_length`` tokens; raises InputError for a label not the task's."""
+    """Tokenize rows.
+
+    Args:
+        rows: of :func:`read_rows`.
+        task: what their labels mean.
+        tokenizer (transformers.PreTrainedTokenizerBase): of the model.
+        max_length: tokens that a row is cut to.
+
+    Returns:
+        A dataset of token lists and labels, ready for a padding collator.
+
+    Raises:
+        InputError: a label not the task's, or second sentences in some of the rows only.
+    """
     second = [row["sentence2"] for row in rows]
     paired = sum(text is not None for text in second)
     if paired not in (0, len(rows)):
@@ -135,7 +160,18 @@ def encode_rows(rows: list[dict], task: Task, tokenizer, max_length: int) -> Enc
 
 
 def encode_labels(rows: list[dict], task: Task) -> list:
-    """Class numbers, or floats for regression; raises InputError for a label not the task's."""
+    """Labels as numbers.
+
+    Args:
+        rows: of :func:`read_rows`.
+        task: what their labels mean.
+
+    Returns:
+        Class numbers, or floats for regression.
+
+    Raises:
+        InputError: a label not the task's.
+    """
     if task.kind == "regression":
         for number, row in enumerate(rows, 1):
             if isinstance(row["label"], str):

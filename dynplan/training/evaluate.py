@@ -33,11 +33,19 @@ RANDOM_SEEDS = 3
 class Row:
     """One line of the table.
 
-    figures: the task's, with ``score``; sample_layers, token_layers: share of the work run, 0..1; latency_ms:
-    median milliseconds per sentence at each batch size, keyed ``"1"`` and ``"32"``; spread: standard
-    deviation of ``score`` over the seeds of a random path, else 0; rival_score: for a planner, what best
-    fixed subsets score when mixed to the same share of layers; stream_score, stream_layers: of policies with
-    exits one text at a time, under a stream's budget, with which batch 1 is timed.
+    Attributes:
+        name: of the contestant.
+        budget: share of layer work, or None without one.
+        figures: the task's, with ``score``.
+        sample_layers: share of the sample-layers run, 0..1.
+        token_layers: share of the token-layers run, 0..1.
+        spread: standard deviation of ``score`` over the seeds of a random path, else 0.
+        rival_score: for a planner, what best fixed subsets score when mixed to the same share of layers.
+        stream_score: of policies with exits one text at a time, under a stream's budget, with which batch 1
+            is
+            timed.
+        stream_layers: share of the sample-layers run then.
+        latency_ms: median milliseconds per sentence at each batch size, keyed ``"1"`` and ``"32"``.
     """
 
     name: str
@@ -77,7 +85,17 @@ class _Contestant:
 
 
 def plain_model(folder: str | Path) -> nn.Module:
-    """The checkpoint as Hugging Face alone would load it: no dynplan, sdpa attention, float32."""
+    """The checkpoint as Hugging Face alone would load it: no dynplan, sdpa attention, float32.
+
+    Args:
+        folder: that ``finetune`` or ``save_pretrained`` wrote.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        InputError: a folder that cannot be loaded.
+    """
     return load("model", folder, _plain).eval()
 
 
@@ -156,14 +174,32 @@ def evaluate(
     rivals: Mapping[str, Policy] | None = None,
     logits: dict | None = None,
 ) -> list[Row]:
-    """Score every contestant on ``dataset`` in batches of 32, then time them in turn for about ``seconds`` in
-    all.
+    """Score every contestant on a dataset in batches of 32, then time them in turn.
 
     Timing goes round and round over contestants and batches and takes medians, so that a noisy machine
     disturbs all alike. Each sentence is tokenized before; a time is that of the model's forward alone.
-    ``weights``: "int8", "bfloat16": contestants on such weights besides. ``rivals``: other ways of leaving at
-    the planner's exits, by name. ``logits`` receives what each said, ``(N, C)``, in batches under (name,
-    budget) and one text at a time under (name, budget, "stream").
+
+    Args:
+        model: swapped, with a planner.
+        plain: the same checkpoint without dynplan, see :func:`plain_model`.
+        static: best fixed subset of each size, size -> layers.
+        dataset: of :func:`encode_rows`.
+        task: what its labels mean.
+        tokenizer (transformers.PreTrainedTokenizerBase): of the model.
+        budgets: shares of layer work, 0..1.
+        batch_sizes: that are timed.
+        seconds: for all timing together; 0: none.
+        progress: whether a bar is shown.
+        weights: "int8", "bfloat16": contestants on such weights besides.
+        rivals: other ways of leaving at the planner's exits, by name.
+        logits: receives what each contestant said, float ``(N, C)``, in batches under (name, budget) and one
+            text at a time under (name, budget, "stream").
+
+    Returns:
+        A row for each contestant.
+
+    Raises:
+        InputError: the model's policy is not a planner's.
     """
     policy, budget = model.dynplan.policy, model.dynplan.budget
     entrants = contestants(model, plain, static, budgets, weights, rivals)
@@ -262,8 +298,20 @@ def best_mixture(curve: dict[float, float], share: float) -> float:
 def planner_plans(
     model: nn.Module, dataset: EncodedDataset, tokenizer, task: Task, budgets
 ) -> tuple[dict, np.ndarray]:
-    """The planner's plans, budget -> bool ``(N, L)``, in batches of 32 rows in order; and the rows' lengths
-    ``(N,)``.
+    """The planner's plans in batches of 32 rows, in order.
+
+    Args:
+        model: swapped, with a planner.
+        dataset: of :func:`encode_rows`.
+        tokenizer (transformers.PreTrainedTokenizerBase): of the model.
+        task: what the labels of the dataset mean.
+        budgets (Iterable[float]): shares of layer work, 0..1.
+
+    Returns:
+        Budget -> bool ``(N, L)``; and the rows' lengths in tokens, int ``(N,)``.
+
+    Raises:
+        AttributeError: the model is not swapped.
     """
     batches, plans, before = make_batches(dataset, tokenizer, 32), {}, model.dynplan.budget
     for budget in budgets:

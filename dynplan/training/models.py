@@ -37,8 +37,13 @@ def load_classifier(folder: str | Path, task: Task) -> nn.Module:
 def check_tokens(dataset: EncodedDataset, tokenizer, config) -> None:
     """See that the model knows what the tokenizer made of the rows.
 
-    Raises InputError for rows without a known word, tokens beyond the vocabulary and rows beyond the
-    positions.
+    Args:
+        dataset: of :func:`encode_rows`.
+        tokenizer (transformers.PreTrainedTokenizerBase): of the model.
+        config (transformers.PretrainedConfig): of the model.
+
+    Raises:
+        InputError: rows without a known word, tokens beyond the vocabulary, rows beyond the positions.
     """
     tokens = {token for item in dataset.items for token in item["input_ids"]}
     if not tokens - set(tokenizer.all_special_ids):

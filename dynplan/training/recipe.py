@@ -66,16 +66,31 @@ def finetune(
     progress: bool = True,
     callbacks=(),
 ) -> nn.Module:
-    """Fine-tune the encoder in folder ``model`` on ``rows`` and learn its planner; returns the swapped model.
-
-    ``output`` receives the model with planner and policy (``dynplan.from_pretrained`` reads it), its
-    tokenizer, ``recipe.json``, ``metrics.jsonl`` and the stages' own folders. With ``resume`` finished stages
-    are taken from there and an interrupted one goes on from its last checkpoint.
+    """Fine-tune an encoder and learn its planner.
 
     Whenever a run is interrupted, be it killed in the middle of a save, ``resume`` leads to the same result.
+    In the
+    manner of DPBERT (arXiv 2308.00108), whose recipe is not published; docs/training.md says what is our
+    choice.
 
-    Raises InputError for a folder, rows or settings that cannot be used, before anything is written; and for
-    training that diverges.
+    Args:
+        model: folder of a Hugging Face encoder with its tokenizer.
+        rows: of :func:`read_rows`.
+        output: folder that receives the model with planner and policy (``dynplan.from_pretrained`` reads it),
+            its
+            tokenizer, ``recipe.json``, ``metrics.jsonl`` and the stages' own folders.
+        task: its name, see :func:`infer_task`.
+        recipe: every setting; None: the default of each.
+        resume: take finished stages from ``output`` and go on from the last checkpoint of an interrupted one.
+        progress: whether bars and lines are shown.
+        callbacks (Sequence[transformers.TrainerCallback]): for Hugging Face's ``Trainer``.
+
+    Returns:
+        The swapped model.
+
+    Raises:
+        InputError: a folder, rows or settings that cannot be used, before anything is written; training that
+            diverges.
     """
     run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks)
     try:

@@ -19,9 +19,17 @@ RIVALS = "rivals.json"
 
 
 def check_output(folder: Path, resume: bool = False) -> Path:
-    """Make ``folder`` and see that it can be written, before any time is spent.
+    """Make a folder and see that it can be written, before any time is spent.
 
-    Raises InputError when it cannot, or when it holds a run already and ``resume`` is not set.
+    Args:
+        folder: of a run.
+        resume: whether it may hold a run already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: it cannot be written, or holds a run already and ``resume`` is not set.
     """
     folder = Path(folder)
     try:
@@ -109,7 +117,18 @@ def write_rivals(folder: Path, rivals: dict[str, ConfidenceExit]) -> None:
 
 
 def read_rivals(folder: Path, exits: Exits) -> dict[str, ConfidenceExit]:
-    """The policies in ``rivals.json``, on ``exits``."""
+    """Other ways of leaving at a planner's exits, calibrated on the same rows.
+
+    Args:
+        folder: that ``finetune`` wrote.
+        exits: the planner's.
+
+    Returns:
+        The policies in ``rivals.json``, by name.
+
+    Raises:
+        InputError: no such file, or a damaged one.
+    """
     path, rivals = Path(folder) / RIVALS, {}
     try:
         for name, table in _read_json(path).items():
@@ -123,8 +142,17 @@ def read_rivals(folder: Path, exits: Exits) -> dict[str, ConfidenceExit]:
 
 
 def load_run(folder: str | Path) -> tuple[Task, dict, dict[int, tuple[int, ...]]]:
-    """Task, recipe settings and best fixed paths of a folder that ``finetune`` wrote, none of these where
-    nothing was searched for; raises InputError otherwise.
+    """What a folder that ``finetune`` wrote says about its run.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Task, recipe settings, and best fixed paths, size -> layers; none of these where nothing was searched
+            for.
+
+    Raises:
+        InputError: not such a folder, or a damaged one.
     """
     folder = Path(folder)
     described = _read_json(folder / RECIPE)

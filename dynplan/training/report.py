@@ -71,6 +71,19 @@ def _stream_cells(row: Row) -> tuple[str, str]:
 
 
 def rich_table(task: Task, rows: list[Row], title: str) -> Table:
+    """The results table for a terminal.
+
+    Args:
+        task: what was predicted.
+        rows: of :func:`evaluate`, at least one.
+        title: of the table.
+
+    Returns:
+        A table for ``rich``.
+
+    Raises:
+        IndexError: no rows.
+    """
     header, cells = columns(task, rows)
     table = Table(title=title)
     for index, name in enumerate(header):
@@ -87,10 +100,21 @@ def markdown_table(task: Task, rows: list[Row]) -> str:
 
 
 def verdict(task: Task, rows: list[Row], samples: int) -> list[str]:
-    """One sentence per budget: whether the planner beats the best fixed subset, or fixed depths where it has
-    exits, said plainly either way.
+    """Whether the planner beats the best fixed subset, or fixed depths where it has exits, said plainly
+    either way.
 
-    A difference within one standard error of the score at ``samples`` rows is called a tie.
+    A difference within one standard error of the score is called a tie.
+
+    Args:
+        task: what was predicted.
+        rows: of :func:`evaluate`.
+        samples: rows that were scored; the standard error follows from it.
+
+    Returns:
+        One sentence per budget.
+
+    Raises:
+        TypeError: a planner's row without ``rival_score``.
     """
     fixed = {row.budget: row.name for row in rows if row.name in _FIXED}
     sentences = []
@@ -235,10 +259,24 @@ def write_report(
     lengths: np.ndarray,
     facts: dict,
 ) -> Path:
-    """Write the report folder and return report.md.
+    """Write the report folder: ``report.md``, ``results.json`` and the pictures.
 
-    plans: budget -> bool ``(N, L)``, the planner's; ``facts`` go into results.json beside the rows and the
-    machine.
+    Args:
+        folder: made where it is missing.
+        title: of the report.
+        intro: its first paragraph.
+        task: what was predicted.
+        rows: of :func:`evaluate`, at least one.
+        samples: rows that were scored.
+        plans: budget -> bool ``(N, L)``, the planner's, see :func:`planner_plans`.
+        lengths: tokens of each row, int ``(N,)``.
+        facts: JSON values that go into ``results.json`` beside the rows and the machine.
+
+    Returns:
+        The path of ``report.md``.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

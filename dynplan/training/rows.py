@@ -13,7 +13,13 @@ _DECIMAL = re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf|
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns. ``pair``: of the second sentence; None: ``sentence2``, where there is one."""
+    """Names of the columns.
+
+    Attributes:
+        text: of the sentence.
+        pair: of the second sentence; None: ``sentence2``, where there is one.
+        label: of the label.
+    """
 
     text: str = "sentence1"
     pair: str | None = None
@@ -21,12 +27,21 @@ class Columns:
 
 
 def read_rows(path, columns: Columns = Columns()) -> list[dict]:
-    """Read a file into ``{"sentence1", "sentence2" (or None), "label"}`` dicts.
+    """Read a file of labelled sentences: JSON lines, CSV, TSV or parquet, plain, ``.gz`` or ``.zst``.
 
     Labels of CSV and TSV are whole numbers if all of them are, else numbers if all are, else strings.
 
-    Raises InputError, naming file and line, for what cannot be read or is damaged, a column that is missing,
-    a sentence that is no string, a label that is neither a number nor a string, or a file without rows.
+    Args:
+        path (str | Path): of the file; the name says its format.
+        columns: names of the columns.
+
+    Returns:
+        ``{"sentence1", "sentence2" (or None), "label"}`` of each row.
+
+    Raises:
+        InputError: naming file and line: what cannot be read or is damaged, a column that is missing, a
+            sentence
+            that is no string, a label that is neither a number nor a string, a file without rows.
     """
     file, rows, places = RecordFile(path), [], []
     for record in file:

@@ -31,11 +31,38 @@ _RANGES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of :func:`~dynplan.training.finetune`. Shares and budgets are of layer work, 0..1;
-    lengths in tokens. Those of exits go with ``planner="exits"``; robust epochs, the search, the menu and the
-    planner's own settings with the others.
+    """Every setting of :func:`~dynplan.training.finetune`.
 
-    Raises InputError for a setting out of its range.
+    Shares and budgets are of layer work, 0..1. Settings of exits go with ``planner="exits"``; robust epochs,
+    the
+    search, the menu and the planner's own settings with the others.
+
+    Args:
+        plain_epochs: of ordinary fine-tuning, first.
+        exit_epochs: of training with exits.
+        robust_epochs: of training on drawn paths.
+        planner_epochs: of the planner alone.
+        batch_size: rows of a step, of all processes together.
+        learning_rate: of everything but exits and planner.
+        exit_learning_rate: of the exits.
+        robust_learning_rate: of the robust epochs; None: ``learning_rate``.
+        planner_learning_rate: of the planner.
+        planner: "exits", "upfront", "stepwise" or "none".
+        planner_objective: "values", "reward" or "gates"; None: "gates" for a stepwise planner, else "values".
+        planner_rows: training rows that the planner learns from, at most.
+        menu_size: paths that an upfront planner with "values" chooses from.
+        search_rows: held-out rows that fixed subsets are ranked on, at most.
+        search_swaps: random exchanges that are tried for each size of subset.
+        budgets: that checkpoints are ranked at, and the planner is compared at.
+        shares: least and most layers of a drawn path.
+        distill: weight of the divergence from the full path's answer.
+        holdout: share of the training rows that is never trained on.
+        max_length: tokens that rows are cut to.
+        seed: of everything drawn, below 2**32.
+        bf16: train under bfloat16 autocast.
+
+    Raises:
+        InputError: a setting out of its range, or two that do not go together.
     """
 
     plain_epochs: float = 0.0
@@ -109,4 +136,5 @@ class Recipe:
 
     @property
     def objective(self) -> str:
+        """How the planner learns: ``planner_objective``, or what None stands for."""
         return self.planner_objective or ("gates" if self.planner == "stepwise" else "values")

@@ -101,6 +101,12 @@ def _swap_inside(
 def unswap(model: nn.Module) -> nn.Module:
     """Give back the original model, in place: what :func:`swap` set is removed, nothing else was changed.
 
+    Args:
+        model: what :func:`swap` returned.
+
+    Returns:
+        ``model``.
+
     Raises:
         TypeError: an unknown model type or class.
         ValueError: the model is not swapped, or another library has wrapped its forward since.

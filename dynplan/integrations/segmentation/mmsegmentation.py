@@ -4,6 +4,8 @@ In a config: ``custom_imports = dict(imports=["dynplan.integrations.segmentation
 ``loss_decode=dict(type="RegionLoss", kernel_size=5, loss_weight=1.0)``.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from dynplan.nn.labels import held_loss
@@ -17,7 +19,7 @@ class RegionLoss(nn.Module):
         loss_weight: factor of the loss.
         loss_name: key in the head's losses; those that start with ``loss_`` are trained on.
         class_weight: weight of each class.
-        options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`. A decode head's ``ignore_index`` goes
+        **options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`. A decode head's ``ignore_index`` goes
             before the one given here.
 
     Raises:
@@ -31,7 +33,7 @@ class RegionLoss(nn.Module):
         loss_weight: float = 1.0,
         loss_name: str = "loss_region",
         class_weight: list[float] | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.loss_weight = loss_weight

@@ -1,6 +1,7 @@
 """The region loss in the conventions of MONAI, which is not needed to use it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ class RegionLoss(nn.Module):
     Args:
         include_background: False leaves the pixels of class 0 out, as anchors and in windows.
         ignore_index: label, or several, to leave out.
-        options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`; ``spacing`` is the voxel size.
+        **options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`; ``spacing`` is the voxel size.
 
     Shape:
         input (N, C, *spatial) logits; target (N, 1, *spatial) or (N, *spatial) labels, floating as MONAI's
@@ -30,7 +31,7 @@ class RegionLoss(nn.Module):
     """
 
     def __init__(
-        self, include_background: bool = True, ignore_index: int | Sequence[int] = -100, **options
+        self, include_background: bool = True, ignore_index: int | Sequence[int] = -100, **options: Any
     ) -> None:
         super().__init__()
         ignored = list(ignore_index) if isinstance(ignore_index, Sequence) else [ignore_index]

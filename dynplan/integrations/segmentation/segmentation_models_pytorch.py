@@ -1,5 +1,7 @@
 """The region loss in the conventions of segmentation_models.pytorch, which is not needed to use it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ class RegionLoss(nn.Module):
             ``"binary"``: ``y_pred`` (N, 1, H, W), ``y_true`` (N, H, W) or (N, 1, H, W) of 0 and 1; the loss
             is that of the logits (0, ``y_pred``). Labels may be floating, bool or integer, but not soft.
         ignore_index: label to leave out, or None.
-        options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`.
+        **options: those of :class:`dynplan.nn.RegionCrossEntropyLoss`.
 
     Raises:
         TypeError: an option that :class:`dynplan.nn.RegionCrossEntropyLoss` does not have (logits are
@@ -23,7 +25,7 @@ class RegionLoss(nn.Module):
             fit; soft labels, on CUDA as a device-side assertion.
     """
 
-    def __init__(self, mode: str, ignore_index: int | None = None, **options) -> None:
+    def __init__(self, mode: str, ignore_index: int | None = None, **options: Any) -> None:
         super().__init__()
         if mode not in ("binary", "multiclass"):
             raise ValueError(f"RegionLoss: expected mode to be 'binary' or 'multiclass', got {mode!r}")
