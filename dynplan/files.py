@@ -30,8 +30,10 @@ def write_whole(path: Path, content: bytes | str) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:  # a failed write does not say of what
+            error.filename, error.filename2 = str(path), None
         raise
 
 

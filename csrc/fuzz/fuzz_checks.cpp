@@ -114,7 +114,7 @@ void blobs(Source& random) {
         reinterpret_cast<unsigned char*>(&header)[random.between(0, 63)] = static_cast<unsigned char>(random());
         break;
       default:
-        bytes = random.one_in(2) ? random.size(0, 80) : bytes + random.between(-3, 3);
+        bytes = random.one_in(2) ? random.size(0, 80) : std::max<int64_t>(0, bytes + random.between(-3, 3));
     }
   }
   Guarded<unsigned char> blob(random, std::min<int64_t>(bytes, sizeof(header)), breaks > 0 ? 1 : 8);
