@@ -32,8 +32,8 @@ def write_whole(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno is not None:  # a failed write does not say of what
-            error.filename, error.filename2 = str(path), None
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a failed write does not say of what
         raise
 
 
