@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from dynplan.files import writing
+
 T = TypeVar("T")
 
 
@@ -128,8 +130,18 @@ def environment(device: str = "cpu") -> dict:
 
 
 def append_history(path: Path, rows: list[dict]) -> None:
-    """Appends one JSON object a line; the folder is made. One write, so that no row is half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Appends one JSON object a line; the folder is made. Raises WriteError where the disk is full; no row is
+    half written.
+    """
     text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                content = text.encode()
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                file.truncate(before)
+                raise

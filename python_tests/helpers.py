@@ -16,12 +16,13 @@ requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, requires_cuda])]
 
-_NAMES = ["baseline", "avx2", "avx512"]
+_BEST = _native.cpu_features()["best_isa"]
+_NAMES = ["neon"] if _BEST == "neon" else ["baseline", "avx2", "avx512"]
 # What DYNPLAN_CPU_ISA takes, the narrowest first.
 INSTRUCTION_SETS = [
     pytest.param(isa, marks=pytest.mark.skipif(missing, reason=f"needs a CPU with {isa}"))
     for isa in _NAMES
-    for missing in [_NAMES.index(isa) > _NAMES.index(_native.cpu_features()["best_isa"])]
+    for missing in [_NAMES.index(isa) > _NAMES.index(_BEST)]
 ]
 
 # What one rounding of the result itself costs, measured over the test suite: added to the relative rule so

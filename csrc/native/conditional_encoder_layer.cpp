@@ -60,7 +60,8 @@ kernels::CpuIsa parse_isa(const std::string& name) {
   for (auto isa : {kernels::CpuIsa::baseline, kernels::CpuIsa::avx2, kernels::CpuIsa::avx512})
     if (name == kernels::name(isa) && isa <= kernels::best_cpu_isa()) return isa;
   throw py::value_error(
-      "conditional_encoder: expected isa to be baseline, avx2 or avx512 and on this CPU, got " + name);
+      std::string("conditional_encoder: expected isa to be ") + kernels::kIsaNames + " and on this CPU, got " +
+      name);
 }
 
 Dense<float> conditional_encoder(const Dense<float>& hidden, const Dense<int32_t>& rows,

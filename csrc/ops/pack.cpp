@@ -28,8 +28,10 @@ void check_unpack(const at::Tensor& packed, const at::Tensor& indices, int64_t b
                    indices.scalar_type());
   TORCH_CHECK_VALUE(indices.device() == packed.device(), "unpack: expected indices on ", packed.device(),
                     ", got ", indices.device());
-  TORCH_CHECK_VALUE(batch_size >= 0, "unpack: expected batch_size to be at least 0, got ", batch_size);
-  TORCH_CHECK_VALUE(length >= 0, "unpack: expected length to be at least 0, got ", length);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(batch_size >= 0 && batch_size <= kMost,
+                    "unpack: expected batch_size in [0, 2^31), got ", batch_size);
+  TORCH_CHECK_VALUE(length >= 0 && length <= kMost, "unpack: expected length in [0, 2^31), got ", length);
 }
 
 void check_unpack_backward(const at::Tensor& grad, const at::Tensor& indices) {

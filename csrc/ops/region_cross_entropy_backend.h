@@ -126,6 +126,9 @@ class RegionCrossEntropyOps {
                                    Ints kernel_size, Ints stride, Floats spacing, double sigma, double p,
                                    Word merge, Word normalize, Ints ignore_index, double label_smoothing,
                                    Word reduction) {
+    TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat || input.scalar_type() == at::kDouble,
+                     name_of(std::nullopt), ": expected input to be float32 or float64, got ",
+                     input.scalar_type());
     Tensor dense_weight;
     const auto params = make_params(
         input, target, weight, std::nullopt,

@@ -11,12 +11,22 @@ namespace dynplan {
 namespace {
 
 constexpr int64_t kCounts = sizeof(kernels::StreamCounts) / sizeof(int64_t);
+constexpr int64_t kMostCounted = int64_t{1} << 62;  // below it, sums do not overflow
+
+bool is_count(int64_t value) {
+  return value >= 0 && value < kMostCounted;
+}
 
 void check_offsets(const char* op, const at::Tensor& cu_seqlens) {
   TORCH_CHECK_TYPE(cu_seqlens.scalar_type() == at::kInt, op, ": expected cu_seqlens to be int32, got ",
                    cu_seqlens.scalar_type());
   TORCH_CHECK_VALUE(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1 && cu_seqlens.is_contiguous(), op,
                     ": expected cu_seqlens to have shape (B + 1,), got ", cu_seqlens.sizes());
+  const int32_t* const offset = cu_seqlens.const_data_ptr<int32_t>();
+  TORCH_CHECK_VALUE(offset[0] >= 0, op, ": expected cu_seqlens to start at 0 or above, got ", offset[0]);
+  for (int64_t b = 0; b + 1 < cu_seqlens.numel(); ++b)
+    TORCH_CHECK_VALUE(offset[b] <= offset[b + 1], op, ": expected cu_seqlens to ascend, got ", offset[b],
+                      " then ", offset[b + 1], " at ", b);
 }
 
 void stream_arrive(const at::Tensor& counts, const at::Tensor& cu_seqlens) {
@@ -62,6 +72,8 @@ at::Tensor stream_take(const at::Tensor& counts, const at::Tensor& priority, con
 
 void check_values(const char* op, at::IntArrayRef values) {
   TORCH_CHECK_VALUE(values.size() == kCounts, op, ": expected ", kCounts, " values, got ", values.size());
+  for (const int64_t value : values)
+    TORCH_CHECK_VALUE(is_count(value), op, ": expected values within 0..2^62, got ", value);
 }
 
 void stream_add(const at::Tensor& counts, at::IntArrayRef values) {
@@ -97,6 +109,9 @@ kernels::StreamCounts& stream_counts(const char* op, const at::Tensor& counts) {
                         counts.is_contiguous(),
                     op, ": expected counts to be int64 of shape [", kCounts, "] on the CPU, got ",
                     counts.scalar_type(), " of shape ", counts.sizes(), " on ", counts.device());
+  const int64_t* const values = counts.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < kCounts; ++i)
+    TORCH_CHECK_VALUE(is_count(values[i]), op, ": expected counts within 0..2^62, got ", values[i]);
   return *static_cast<kernels::StreamCounts*>(counts.mutable_data_ptr());
 }
 

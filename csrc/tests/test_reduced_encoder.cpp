@@ -8,31 +8,12 @@
 #include "kernels/encoder/checks.h"
 #include "kernels/encoder/reduced_encoder.h"
 #include "tests/check.h"
+#include "tests/encoder_naive.h"
 #include "tests/threads.h"
 
 using namespace dynplan::kernels;
 
 namespace {
-
-struct Weights {
-  int64_t h, i;
-  std::vector<std::vector<float>> tensors;  // in the order of EncoderLayerTensors
-
-  Weights(int64_t h, int64_t i, std::mt19937& random) : h(h), i(i) {
-    std::normal_distribution<float> normal;
-    const int64_t sizes[12] = {3 * h * h, 3 * h, h * h, h, h, h, i * h, i, h * i, h, h, h};
-    for (int t = 0; t < 12; ++t) {
-      const double scale = t == 8 ? 1 / std::sqrt(i) : t % 2 == 0 && t != 4 && t != 10 ? 1 / std::sqrt(h) : 1;
-      tensors.emplace_back(sizes[t]);
-      for (float& value : tensors.back()) value = normal(random) * static_cast<float>(scale);
-    }
-  }
-  EncoderLayerTensors<float> view() const {
-    const auto& t = tensors;
-    return {t[0].data(), t[1].data(), t[2].data(), t[3].data(), t[4].data(),  t[5].data(),
-            t[6].data(), t[7].data(), t[8].data(), t[9].data(), t[10].data(), t[11].data()};
-  }
-};
 
 // One layer on all rows but those of the second sequence.
 struct Case {
@@ -44,7 +25,8 @@ struct Case {
 void against_full_precision(const Case& c, unsigned seed, double allowed) {
   std::mt19937 random(seed);
   const int64_t h = c.heads * c.depth, samples = static_cast<int64_t>(c.lengths.size());
-  const Weights weights(h, c.intermediate, random);
+  std::normal_distribution<float> normal;
+  const Weights weights(h, c.intermediate, [&] { return normal(random); });
   std::vector<int32_t> rows, offsets = {0};
   int32_t tokens = 0;
   for (int64_t b = 0; b < samples; tokens += c.lengths[b++]) {
@@ -57,7 +39,6 @@ void against_full_precision(const Case& c, unsigned seed, double allowed) {
   const int64_t active = counts[1];
   rows.resize(tokens, -1), offsets.resize(samples + 1, offsets.back());
   std::vector<float> hidden(tokens * h);
-  std::normal_distribution<float> normal;
   for (float& value : hidden) value = normal(random);
 
   std::vector<char> reduced(ReducedLayout(h, c.intermediate).bytes),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dynplan._library import find_op
+from dynplan.ops.pack import check_size
 
 _build_dispatch = find_op("build_dispatch")
 
@@ -65,6 +66,8 @@ def _build_dispatch_fake(keep: Tensor, cu_seqlens: Tensor, capacity: int) -> tup
             f"got {list(cu_seqlens.shape)}"
         ),
     )
+    if isinstance(capacity, int):  # a symbol's sign is not asked for
+        check_size("build_dispatch", "capacity", capacity)
     layers = keep.shape[1:]
     return (
         cu_seqlens.new_empty((*layers, capacity)),

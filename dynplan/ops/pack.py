@@ -67,6 +67,12 @@ def unpack(packed: Tensor, indices: Tensor, batch_size: int, length: int) -> Ten
     return _unpack(packed, indices, batch_size, length)
 
 
+def check_size(op: str, name: str, size: int) -> None:
+    """As the kernels' own check of a number of samples, positions or rows."""
+    if not 0 <= size < 2**31:
+        raise ValueError(f"{op}: expected {name} in [0, 2^31), got {size}")
+
+
 @torch.library.register_fake("dynplan::pack")
 def _pack_fake(hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     torch._check_value(
@@ -98,11 +104,26 @@ def _unpack_fake(packed: Tensor, indices: Tensor, batch_size: int, length: int) 
         packed.dim() == 2,
         lambda: f"unpack: expected packed to have shape (T, H), got {list(packed.shape)}",
     )
+    torch._check_value(
+        indices.dim() == 1,
+        lambda: f"unpack: expected indices to have shape (T,), got {list(indices.shape)}",
+    )
+    for name, size in (("batch_size", batch_size), ("length", length)):
+        if isinstance(size, int):  # a symbol's sign is not asked for
+            check_size("unpack", name, size)
     return packed.new_empty((batch_size, length, packed.shape[1]))
 
 
 @torch.library.register_fake("dynplan::_unpack_backward")
 def _unpack_backward_fake(grad: Tensor, indices: Tensor) -> Tensor:
+    torch._check_value(
+        grad.dim() == 3,
+        lambda: f"_unpack_backward: expected grad to have shape (B, S, H), got {list(grad.shape)}",
+    )
+    torch._check_value(
+        indices.dim() == 1,
+        lambda: f"_unpack_backward: expected indices to have shape (T,), got {list(indices.shape)}",
+    )
     return grad.new_empty((indices.shape[0], grad.shape[2]))
 
 

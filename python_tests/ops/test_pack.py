@@ -119,7 +119,7 @@ def test_pack_errors(change, error, text):
         ({"indices": torch.zeros(3).int()}, ValueError, r"indices to have shape \[2\], got \[3\]"),
         ({"indices": torch.zeros(2).long()}, TypeError, "indices to be int32, got Long"),
         ({"indices": torch.tensor([0, 6]).int()}, IndexError, r"indices in \[-1, 6\), got 6 at 1"),
-        ({"batch_size": -1}, ValueError, "batch_size to be at least 0, got -1"),
+        ({"batch_size": -1}, ValueError, r"batch_size in \[0, 2\^31\), got -1"),
     ],
 )
 def test_unpack_errors(change, error, text):

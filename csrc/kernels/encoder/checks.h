@@ -99,7 +99,7 @@ inline std::optional<PackedShape> check_packed(const void* blob, int64_t bytes, 
   const bool known = header.type == WeightType::float32 || header.type == WeightType::bfloat16 ||
                      header.type == WeightType::int8;
   if (header.magic != kPackedMagic || header.version != kPackedVersion || !known ||
-      header.intermediate_size <= 0 || header.intermediate_size > bytes) {
+      header.hidden_size <= 0 || header.intermediate_size <= 0) {
     problem =
         "packed_weights to come from pack_encoder_weights or pack_reduced_encoder_weights of this version, "
         "got "
@@ -109,6 +109,13 @@ inline std::optional<PackedShape> check_packed(const void* blob, int64_t bytes, 
   if (header.hidden_size != hidden_size) {
     problem = "packed_weights of width " + std::to_string(hidden_size) + ", got " +
               std::to_string(header.hidden_size);
+    return std::nullopt;
+  }
+  // There is a byte at least for each element of a weight: no larger sizes, whose products could overflow.
+  const int64_t widest = bytes / hidden_size;
+  if (hidden_size > widest || header.intermediate_size > widest) {
+    problem = "packed_weights to hold weights of widths " + std::to_string(hidden_size) + " and " +
+              std::to_string(header.intermediate_size) + ", got " + std::to_string(bytes) + " bytes";
     return std::nullopt;
   }
   const int64_t expected = header.type == WeightType::int8

@@ -21,6 +21,8 @@ void wait_until(Ready ready) {
     if (spins >= kSpins) std::this_thread::yield();
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
   }
 }

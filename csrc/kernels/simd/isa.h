@@ -33,15 +33,27 @@
     return baseline::__VA_ARGS__;                               \
   } while (false)
 #else
-#define DYNPLAN_ON_ISA(isa, ...) return baseline::__VA_ARGS__
+#define DYNPLAN_ON_ISA(isa, ...) return static_cast<void>(isa), baseline::__VA_ARGS__
 #endif
 
 namespace dynplan::kernels {
 
 enum class CpuIsa { baseline = 0, avx2 = 1, avx512 = 2 };
 
+// What the 16-byte vectors of the baseline compile to: on aarch64 every CPU has NEON.
+#if defined(__aarch64__)
+inline constexpr const char* kBaselineName = "neon";
+inline constexpr const char* kIsaNames = "neon";
+#elif defined(__x86_64__)
+inline constexpr const char* kBaselineName = "baseline";
+inline constexpr const char* kIsaNames = "baseline, avx2 or avx512";
+#else
+inline constexpr const char* kBaselineName = "baseline";
+inline constexpr const char* kIsaNames = "baseline";
+#endif
+
 inline const char* name(CpuIsa isa) {
-  return isa == CpuIsa::avx512 ? "avx512" : isa == CpuIsa::avx2 ? "avx2" : "baseline";
+  return isa == CpuIsa::avx512 ? "avx512" : isa == CpuIsa::avx2 ? "avx2" : kBaselineName;
 }
 
 inline CpuIsa best_cpu_isa() {
@@ -66,8 +78,7 @@ inline CpuIsa cpu_isa() {
       throw std::runtime_error(std::string("expected DYNPLAN_CPU_ISA to be at most ") + name(best) +
                                " on this CPU, got " + wanted);
     }
-    throw std::runtime_error(
-        std::string("expected DYNPLAN_CPU_ISA to be baseline, avx2 or avx512, got ") + wanted);
+    throw std::runtime_error(std::string("expected DYNPLAN_CPU_ISA to be ") + kIsaNames + ", got " + wanted);
   }();
   return chosen;
 }

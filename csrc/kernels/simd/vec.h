@@ -14,6 +14,13 @@
 
 namespace dynplan::kernels::DYNPLAN_ISA {
 
+// Whether the instruction set multiplies and adds with one rounding.
+#if DYNPLAN_VECTOR_BYTES > 16 || defined(__aarch64__)
+inline constexpr bool kFusedMultiplyAdd = true;
+#else
+inline constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 #if DYNPLAN_VECTOR_BYTES == 32
 typedef float Lanes256 __attribute__((vector_size(32)));
 #endif
@@ -156,8 +163,7 @@ struct Simd {
       const V shifted = x * 1.44269504f + kRound;
       const V n = shifted - kRound;
       // Without fused multiply-adds the multiple is taken off in two parts, the first without rounding.
-      constexpr bool kFused = DYNPLAN_VECTOR_BYTES > 16;
-      const V r = kFused ? x - n * 0.693147182f : x - n * 0.693359375f + n * 2.12194440e-4f, r2 = r * r;
+      const V r = kFusedMultiplyAdd ? x - n * 0.693147182f : x - n * 0.693359375f + n * 2.12194440e-4f, r2 = r * r;
       const V low = r * 0.16666521f + 0.49999994f,
               high = r2 * 1.3814594e-3f + (r * 8.368719e-3f + 4.166839e-2f);
       const V y = (high * r2 + low) * r2 + (r + 1.f);

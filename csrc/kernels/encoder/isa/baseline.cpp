@@ -1,3 +1,4 @@
+// SSE2 on x86-64, NEON on aarch64: what every CPU of its kind has.
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
