@@ -22,16 +22,10 @@ from dynplan.loading import load_tokenizer
 from dynplan.nn import Exits, StepwisePlanner, UpfrontPlanner
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, StaticPath
 from dynplan.search import search_static_path
+from dynplan.training.calibration import calibrate
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
-from dynplan.training.exits import (
-    ExitLearner,
-    ExitTrainer,
-    calibrate,
-    default_depths,
-    exit_answers,
-    rivals,
-)
+from dynplan.training.exits import ExitLearner, ExitTrainer, default_depths, exit_answers
 from dynplan.training.menu import candidate_paths, choose_menu
 from dynplan.training.models import check_tokens, load_classifier
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
@@ -50,6 +44,7 @@ from dynplan.training.record import (
     write_rivals,
     write_static,
 )
+from dynplan.training.rivals import rivals
 from dynplan.training.settings import Recipe
 from dynplan.training.trainer import PlainTrainer, RobustTrainer, training_arguments
 
