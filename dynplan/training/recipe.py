@@ -46,7 +46,7 @@ from dynplan.training.record import (
 )
 from dynplan.training.rivals import rivals
 from dynplan.training.settings import Recipe
-from dynplan.training.trainer import PlainTrainer, RobustTrainer, training_arguments
+from dynplan.training.trainer import PlainTrainer, RobustTrainer, StudentTrainer, training_arguments
 
 _DONE = "stage.json"  # in the folder of a finished stage
 
@@ -60,6 +60,7 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
     callbacks=(),
+    teacher: str | Path | None = None,
 ) -> nn.Module:
     """Fine-tune the encoder in folder ``model`` on ``rows`` and learn its planner; returns the swapped model.
 
@@ -67,12 +68,15 @@ def finetune(
     tokenizer, ``recipe.json``, ``metrics.jsonl`` and the stages' own folders. With ``resume`` finished stages
     are taken from there and an interrupted one goes on from its last checkpoint.
 
+    ``teacher``: folder of a model fine-tuned for the same task, whose answers are targets beside the labels;
+    with ``planner="none"`` only.
+
     Whenever a run is interrupted, be it killed in the middle of a save, ``resume`` leads to the same result.
 
     Raises InputError for a folder, rows or settings that cannot be used, before anything is written; and for
     training that diverges.
     """
-    run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks)
+    run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks, teacher)
     try:
         return run.run()
     except OSError as error:  # Trainer makes folders of its own
@@ -80,7 +84,7 @@ def finetune(
 
 
 class _Run:
-    def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks):
+    def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks, teacher):
         self.ranks = processes()
         self.recipe, self.callbacks = recipe, callbacks
         self.progress = progress = progress and self.ranks.is_main_process
@@ -89,7 +93,10 @@ class _Run:
         # Nothing is trained before recipe.json is there.
         self.resume = resume and (self.output / RECIPE).exists()
         self.task: Task = infer_task(rows, task)
-        described = describe_run(self.task, recipe, self.source, rows, self.ranks.num_processes)
+        self.teacher = teacher
+        if teacher is not None and recipe.planner != "none":
+            raise InputError(f"finetune: expected a teacher with planner none, got {recipe.planner}")
+        described = describe_run(self.task, recipe, self.source, rows, self.ranks.num_processes, teacher)
         if self.resume:
             check_same_run(self.output, described)
         if not (self.source / "config.json").is_file():
@@ -126,9 +133,8 @@ class _Run:
     def run(self) -> nn.Module:
         folder = self.source
         if self.recipe.plain_epochs > 0:
-            folder = self._fit_encoder(
-                folder, PlainTrainer, self.recipe.plain_epochs, self.recipe.learning_rate
-            )
+            kind = PlainTrainer if self.teacher is None else StudentTrainer
+            folder = self._fit_encoder(folder, kind, self.recipe.plain_epochs, self.recipe.learning_rate)
         if self.recipe.planner == "exits":
             model = self._fit_exits(folder)
             return self._finish(model, model.dynplan.policy)
@@ -194,9 +200,11 @@ class _Run:
         if self.resume and (done / _DONE).exists():
             say(f"{self._title(stage)}: taken from {done}", self.progress)
             return done
-        model = self._load(source)
+        model, rows = self._load(source), self.fit
         extra = {}
-        if trainer_class is RobustTrainer:
+        if trainer_class is StudentTrainer:
+            rows, extra = self._taught(), {"distill": self.recipe.distill}
+        elif trainer_class is RobustTrainer:
             model = dynplan.swap(model)
             extra = {"shares": self.recipe.shares, "distill": self.recipe.distill}
         arguments = self._arguments(
@@ -207,13 +215,24 @@ class _Run:
             bf16=self.recipe.bf16,
         )
         trainer = trainer_class(
-            model, arguments, self.task, self.tokenizer, self.fit, self.held, self.callbacks, **extra
+            model, arguments, self.task, self.tokenizer, rows, self.held, self.callbacks, **extra
         )
         self._train(trainer, stage)
         if trainer_class is RobustTrainer:
             model = dynplan.unswap(model)
         self._settle_stage(model, stage)
         return done
+
+    def _taught(self) -> EncodedDataset:
+        """The rows to fit, each with what the teacher answers."""
+        say(f"{self._title('plain')}: the teacher's answers", self.progress)
+        teacher = load_classifier(Path(self.teacher), self.task)
+        teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+        batches = make_batches(self.fit, self.tokenizer, 64)
+        answers = from_first(torch.from_numpy(predict(teacher, batches, self.task).logits))
+        return EncodedDataset(
+            [{**item, "teacher": row} for item, row in zip(self.fit.items, answers.tolist(), strict=True)]
+        )
 
     def _settle_stage(self, model: nn.Module, stage: str) -> None:
         """What a stage leaves in its folder, whole, on one process."""
