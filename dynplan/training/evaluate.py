@@ -26,7 +26,7 @@ from dynplan.training.data import EncodedDataset, Task
 from dynplan.training.exits import ExitAnswers, exit_answers
 from dynplan.training.metrics import task_metrics
 from dynplan.training.predict import beside, make_batches, predict
-from dynplan.training.progress import steps
+from dynplan.training.progress import say, steps
 from dynplan.training.rivals import oracle
 
 ORACLE = "oracle (no policy: it knows the labels)"
@@ -187,6 +187,7 @@ def evaluate(
     batches = make_batches(dataset, tokenizer, 32)
     singles = make_batches(dataset, tokenizer, 1)
     rows = []
+    say(f"scores: {len(entrants)} contestants, {len(dataset)} rows", progress)
     for contestant in steps(entrants, "scores", progress):
         predictions = []
         for index in range(len(contestant.policies)):
@@ -227,6 +228,7 @@ def evaluate(
 @torch.inference_mode()
 def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) -> None:
     for batch_size in batch_sizes:
+        say(f"latency, batch {batch_size}: {seconds / len(batch_sizes):.0f} s or a little more", progress)
         drawn = dataset.sample(64 if batch_size == 1 else 3 * batch_size, seed=1)
         batches = make_batches(drawn, tokenizer, batch_size)
         for row in rows:

@@ -158,7 +158,7 @@ def _beside_rivals(results: dict, batch: int) -> list[str]:
     against = [row for row in results["against_rivals"] if row["batch"] == batch and row["budget"] in _CLOSE]
     if not against:
         return []
-    ahead = [row for row in against if row["points"] >= 0]
+    ahead = [row for row in against if row["points"] > 0]
     behind = [row for row in against if row["points"] < 0]
     where = f"At equal measured time, batch {batch}, budgets {' and '.join(f'{b:g}' for b in _CLOSE)}"
     sentences = [f"{where}, the planner is on average above {len(ahead)} of {len(against)} rivals' points."]
