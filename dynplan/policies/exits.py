@@ -28,8 +28,8 @@ class ConfidenceExit(BudgetPolicy):
     regression the error that a small network expects. Temperatures: arXiv 1706.04599.
 
     Two or three exits of all that there are, and the threshold, belong to a budget; they are chosen on
-    held-out training rows (:func:`dynplan.training.exits.calibrate`). One exit for all samples is among the
-    choices, so that no fixed depth is better there.
+    held-out training rows (:func:`dynplan.training.calibration.calibrate`). One exit for all samples is among
+    the choices, so that no fixed depth is better there.
 
     Args:
         planner: the exits.
@@ -95,7 +95,7 @@ class ConfidenceExit(BudgetPolicy):
         kind, planner = type(self), self.planner
         sureness, methods = _KNOWN.get(kind, (None, ()))
         own = all(getattr(kind, name) is method for name, method in methods)
-        if sureness is None or not own or not vars(self).keys().isdisjoint(_DECIDING):
+        if sureness is None or not own or not vars(self).keys().isdisjoint(DECIDING):
             return None
         chain = self._chain(request)
         indices = [planner.depths.index(depth) for depth in chain if depth < request.num_layers]
@@ -270,9 +270,9 @@ class LearnedExit(ConfidenceExit):
 
 
 # The policies whose decisions encode_until_sure knows: these very classes with these very methods.
-_DECIDING = ("sureness", "asks", "keep", "reads", "budget_of", "_chain", "_threshold", "_spend")
+DECIDING = ("sureness", "asks", "keep", "reads", "budget_of", "_chain", "_threshold", "_spend")
 _KNOWN = {
-    kind: (sureness, [(name, getattr(kind, name)) for name in _DECIDING])
+    kind: (sureness, [(name, getattr(kind, name)) for name in DECIDING])
     for kind, sureness in {
         ConfidenceExit: "confidence",
         EntropyExit: "entropy",

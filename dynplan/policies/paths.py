@@ -125,15 +125,9 @@ class HashPath(BudgetPolicy):
         self.seed = int(seed)
 
     def plan(self, request: PlanRequest) -> Tensor:
-        if request.input_ids is None:
-            raise ValueError("HashPath: expected input_ids, got inputs_embeds")
-        ids = request.input_ids.long()
-        mask = request.attention_mask
-        token = torch.ones_like(ids) if mask is None else (mask != 0).long()
-        # The position among the sample's own tokens, so that padding, left or right, changes nothing.
-        tokens = _mix(ids + self.seed) * (2 * token.cumsum(1) + 1) * token
+        hashed = hash_tokens("HashPath", request, self.seed).unsqueeze(1)
         layer = torch.arange(1, request.num_layers + 1, device=request.device)
-        rank = _mix(_mix(tokens.sum(1, keepdim=True)) + layer).argsort(dim=1, stable=True).argsort(1)
+        rank = mix(hashed + layer).argsort(dim=1, stable=True).argsort(1)
         keep = rank < whole_layers(self.budget_of(request), request.num_layers)
         return leave_out_empty(keep, request.cu_seqlens)
 
@@ -186,7 +180,23 @@ class StaticPath(BudgetPolicy):
         }
 
 
-def _mix(value: Tensor) -> Tensor:
+def hash_tokens(name: str, request: PlanRequest, seed: int) -> Tensor:
+    """A hash of each sample's tokens, int64 ``(B,)``; ``name`` is what errors call the policy.
+
+    Raises:
+        ValueError: the model got no ``input_ids``.
+    """
+    if request.input_ids is None:
+        raise ValueError(f"{name}: expected input_ids, got inputs_embeds")
+    ids = request.input_ids.long()
+    mask = request.attention_mask
+    token = torch.ones_like(ids) if mask is None else (mask != 0).long()
+    # The position among the sample's own tokens, so that padding, left or right, changes nothing.
+    return mix((mix(ids + seed) * (2 * token.cumsum(1) + 1) * token).sum(1))
+
+
+def mix(value: Tensor) -> Tensor:
+    """Scrambles the bits of int64 values."""
     # SplitMix64's finaliser on int64, which wraps; the shifts are arithmetic there, which a hash may be.
     value = (value ^ (value >> 30)) * -4658895280553007687
     value = (value ^ (value >> 27)) * -7723592293110705685

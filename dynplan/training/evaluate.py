@@ -4,7 +4,7 @@ model.
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,16 @@ from dynplan.benchmarking import interleave
 from dynplan.errors import InputError
 from dynplan.loading import load
 from dynplan.nn.exits import Exits
-from dynplan.policies import ConfidenceExit, KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
+from dynplan.policies import KeepAll, PlannerPolicy, Policy, RandomPath, StaticPath
 from dynplan.stream_budget import StreamBudget
 from dynplan.training.data import EncodedDataset, Task
+from dynplan.training.exits import ExitAnswers, exit_answers
+from dynplan.training.metrics import task_metrics
 from dynplan.training.predict import beside, make_batches, predict
-from dynplan.training.progress import steps
+from dynplan.training.progress import say, steps
+from dynplan.training.rivals import oracle
 
+ORACLE = "oracle (no policy: it knows the labels)"
 RANDOM_SEEDS = 3
 
 
@@ -42,10 +46,10 @@ class Row:
         spread: standard deviation of ``score`` over the seeds of a random path, else 0.
         rival_score: for a planner, what best fixed subsets score when mixed to the same share of layers.
         stream_score: of policies with exits one text at a time, under a stream's budget, with which batch 1
-            is
-            timed.
+            is timed.
         stream_layers: share of the sample-layers run then.
-        latency_ms: median milliseconds per sentence at each batch size, keyed ``"1"`` and ``"32"``.
+        latency_ms: median milliseconds per sentence at each batch size, keyed ``"1"`` and ``"32"``; empty for
+            what cannot be run.
     """
 
     name: str
@@ -66,6 +70,7 @@ class _Contestant:
     budget: float | None
     model: nn.Module
     policies: list[Policy | None]
+    depth: float = 1.0  # share of the checkpoint's layers that the model has
     stream: StreamBudget | None = None
 
     def __post_init__(self) -> None:
@@ -118,10 +123,12 @@ def contestants(
     budgets,
     weights: tuple[str, ...] = (),
     rivals: Mapping[str, Policy] | None = None,
+    curve: Sequence[float] = (),
+    others: Mapping[tuple[str, float | None], nn.Module] | None = None,
 ) -> list[_Contestant]:
     """Hugging Face, keep-all, then planner, random path and best fixed subset at every budget, or planner and
-    ``rivals`` where it has exits; then, for each of ``weights``, keep-all and the planner at every budget
-    below 1 once more.
+    ``rivals`` where it has exits; the planner alone at those of ``curve``; ``others``; then, for each of
+    ``weights``, keep-all and the planner at every budget below 1 once more.
 
     Raises InputError when the model's policy is not a planner's.
     """
@@ -148,6 +155,11 @@ def contestants(
             draws = [RandomPath(budget, seed=seed) for seed in range(RANDOM_SEEDS)]
             rows.append(_Contestant("random path", budget, model, draws))
             rows.append(_Contestant("best fixed subset", budget, model, [StaticPath(static, budget)]))
+    rows += [_Contestant("planner", budget, model, planned(budget)) for budget in curve]
+    layers = model.config.num_hidden_layers
+    for (name, budget), other in (others or {}).items():
+        depth = other.config.num_hidden_layers / layers
+        rows.append(_Contestant(name, budget, other, [None], depth))
     for dtype in weights:
         twin = reduced_twin(model, dtype)
         rows.append(_Contestant(f"dynplan keep-all, {dtype}", None, twin, [KeepAll()]))
@@ -172,7 +184,9 @@ def evaluate(
     progress: bool = True,
     weights: tuple[str, ...] = (),
     rivals: Mapping[str, Policy] | None = None,
-    logits: dict | None = None,
+    curve: Sequence[float] = (),
+    others: Mapping[tuple[str, float | None], nn.Module] | None = None,
+    said: dict | None = None,
 ) -> list[Row]:
     """Score every contestant on a dataset in batches of 32, then time them in turn.
 
@@ -192,8 +206,11 @@ def evaluate(
         progress: whether a bar is shown.
         weights: "int8", "bfloat16": contestants on such weights besides.
         rivals: other ways of leaving at the planner's exits, by name.
-        logits: receives what each contestant said, float ``(N, C)``, in batches under (name, budget) and one
-            text at a time under (name, budget, "stream").
+        curve: more budgets, 0..1, for the planner alone.
+        others: swapped models to compare with, by name and the budget that they stand at.
+        said: receives each contestant's :class:`~dynplan.training.predict.Prediction`, in batches under
+            (name, budget) and one text at a time under (name, budget, "stream"), and under "exits" the
+            :class:`~dynplan.training.exits.ExitAnswers`.
 
     Returns:
         A row for each contestant.
@@ -202,37 +219,44 @@ def evaluate(
         InputError: the model's policy is not a planner's.
     """
     policy, budget = model.dynplan.policy, model.dynplan.budget
-    entrants = contestants(model, plain, static, budgets, weights, rivals)
+    entrants = contestants(model, plain, static, budgets, weights, rivals, curve, others)
     batches = make_batches(dataset, tokenizer, 32)
     singles = make_batches(dataset, tokenizer, 1)
     rows = []
+    say(f"scores: {len(entrants)} contestants, {len(dataset)} rows", progress)
     for contestant in steps(entrants, "scores", progress):
         predictions = []
         for index in range(len(contestant.policies)):
             contestant.arm(index)
             predictions.append(predict(contestant.model, batches, task))
         figures = [prediction.figures(task) for prediction in predictions]
-        if logits is not None:
-            logits[contestant.name, contestant.budget] = predictions[0].logits
+        if said is not None:
+            said[contestant.name, contestant.budget] = predictions[0]
         rows.append(
             Row(
                 contestant.name,
                 contestant.budget,
                 {key: fmean(each[key] for each in figures) for key in figures[0]},
-                fmean(prediction.sample_layers for prediction in predictions),
-                fmean(prediction.token_layers for prediction in predictions),
+                contestant.depth * fmean(prediction.sample_layers for prediction in predictions),
+                contestant.depth * fmean(prediction.token_layers for prediction in predictions),
                 pstdev(each["score"] for each in figures),
             )
         )
         if contestant.stream is not None:
             contestant.arm(batch_size=1)
             alone = predict(contestant.model, singles, task)
-            if logits is not None:
-                logits[contestant.name, contestant.budget, "stream"] = alone.logits
+            if said is not None:
+                said[contestant.name, contestant.budget, "stream"] = alone
             rows[-1].stream_score = alone.figures(task)["score"]
             rows[-1].stream_layers = alone.sample_layers
-    _rival_scores(model, static, batches, task, rows)
+    planner = model.dynplan.planner
+    answers = exit_answers(model, planner, batches, task) if isinstance(planner, Exits) else None
+    _rival_scores(model, static, batches, task, rows, answers)
     _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress)
+    if answers is not None:
+        rows += _oracles(planner, answers, task, [budget for budget in budgets if budget < 1])
+        if said is not None:
+            said["exits"] = answers
     model.dynplan.policy, model.dynplan.budget = policy, budget
     return rows
 
@@ -240,6 +264,7 @@ def evaluate(
 @torch.inference_mode()
 def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) -> None:
     for batch_size in batch_sizes:
+        say(f"latency, batch {batch_size}: {seconds / len(batch_sizes):.0f} s or a little more", progress)
         drawn = dataset.sample(64 if batch_size == 1 else 3 * batch_size, seed=1)
         batches = make_batches(drawn, tokenizer, batch_size)
         for row in rows:
@@ -259,21 +284,38 @@ def _time(entrants, rows, dataset, tokenizer, batch_sizes, seconds, progress) ->
                 row.latency_ms[str(batch_size)] += 1e3 * timings[index].p50 / len(drawn)
 
 
-def _rival_scores(model, static, batches, task, rows: list[Row]) -> None:
+def _oracles(planner: Exits, answers: ExitAnswers, task: Task, budgets: list[float]) -> list[Row]:
+    rows, depths = [], torch.tensor((*planner.depths, planner.num_layers))
+    for budget in budgets:
+        stops = oracle(answers, task, depths.tolist(), budget)
+        logits = answers.logits[torch.arange(len(stops)), stops].numpy()
+        layers, work = depths[stops].double(), depths[stops] * answers.lengths
+        rows.append(
+            Row(
+                ORACLE,
+                budget,
+                task_metrics(task, logits, answers.labels.numpy()),
+                float(layers.mean()) / planner.num_layers,
+                float(work.sum() / (planner.num_layers * answers.lengths.sum())),
+            )
+        )
+    return rows
+
+
+def _rival_scores(model, static, batches, task, rows: list[Row], answers: ExitAnswers | None) -> None:
     """Give each planner row the score of what is fixed, mixed to the very same share of compute: best fixed
     subsets, or fixed depths where there are exits.
 
     A subset holds whole layers, a planner's batch need not; running one subset on some samples and a larger
     one on the others gives any share between, and a score between theirs in proportion.
     """
-    layers = model.config.num_hidden_layers
-    planner, curve = model.dynplan.planner, {}
-    if isinstance(planner, Exits):
-        sizes = (0, *planner.depths, layers)
-        policies = {size: ConfidenceExit(planner, 1.0, [[size or layers]], [0], [[0.0]]) for size in sizes}
-        policies[0] = StaticPath({})
-    else:
-        policies = {size: StaticPath(static) for size in (0, *static, layers)}
+    layers, curve = model.config.num_hidden_layers, {}
+    policies = {size: StaticPath(static) for size in (0, *static, layers)}
+    if answers is not None:
+        policies = {0: StaticPath({})}
+        for index, depth in enumerate((*model.dynplan.planner.depths, layers)):
+            figures = task_metrics(task, answers.logits[:, index].numpy(), answers.labels.numpy())
+            curve[depth / layers] = figures["score"]
     for size, policy in policies.items():
         model.dynplan.policy, model.dynplan.budget = policy, size / layers
         curve[size / layers] = predict(model, batches, task).figures(task)["score"]

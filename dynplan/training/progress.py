@@ -1,11 +1,19 @@
-"""What a run says while it works: its stage, its steps and the time left."""
+"""What a run says while it works: its stage, its steps and the time left. Loggers named ``dynplan`` get the
+lines as well, and each loss."""
 
+import logging
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from dynplan.files import writing
+
+_log = logging.getLogger(__name__)
 _FORMAT = "{desc}: step {n_fmt} of {total_fmt}, {remaining} left{postfix}"
 _FIGURES = {"eval_score": "score", "eval_path_score": "score on random paths", "eval_quality": "quality"}
 
@@ -18,8 +26,34 @@ def steps(items: Iterable | None, title: str, progress: bool, **options) -> tqdm
 
 def say(line: str, progress: bool = True) -> None:
     """A line that stays, above the one that counts."""
+    _log.info(line)
     if progress:
         tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def log_to(place: Path) -> Iterator[None]:
+    """Everything that is said inside, with its time, also into the file ``place``; warnings there alone."""
+    with writing(place):
+        handler = logging.FileHandler(place, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours, warned = logging.getLogger("dynplan"), logging.getLogger("py.warnings")
+    level, propagate = ours.level, warned.propagate
+    with warnings.catch_warnings():
+        logging.captureWarnings(True)
+        ours.setLevel(logging.INFO)
+        warned.propagate = False
+        for logger in (ours, warned):
+            logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            for logger in (ours, warned):
+                logger.removeHandler(handler)
+            ours.setLevel(level)
+            warned.propagate = propagate
+            logging.captureWarnings(False)
+            handler.close()
 
 
 class StageProgress(TrainerCallback):
@@ -38,6 +72,8 @@ class StageProgress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and logs and "loss" in logs:
+            _log.info("%s: step %d of %d, loss %.4f", self.title, state.global_step, state.max_steps,
+                      logs["loss"])  # fmt: skip
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):

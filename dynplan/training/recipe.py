@@ -22,16 +22,10 @@ from dynplan.loading import load_tokenizer
 from dynplan.nn import Exits, StepwisePlanner, UpfrontPlanner
 from dynplan.policies import KeepAll, PlannerPolicy, Policy, StaticPath
 from dynplan.search import search_static_path
+from dynplan.training.calibration import calibrate
 from dynplan.training.checkpoints import newest_checkpoint
 from dynplan.training.data import EncodedDataset, Task, describe_task, encode_rows, infer_task, split_rows
-from dynplan.training.exits import (
-    ExitLearner,
-    ExitTrainer,
-    calibrate,
-    default_depths,
-    exit_answers,
-    rivals,
-)
+from dynplan.training.exits import ExitLearner, ExitTrainer, default_depths, exit_answers
 from dynplan.training.menu import candidate_paths, choose_menu
 from dynplan.training.models import check_tokens, load_classifier
 from dynplan.training.planning import PlannerLearner, PlannerTrainer
@@ -50,8 +44,9 @@ from dynplan.training.record import (
     write_rivals,
     write_static,
 )
+from dynplan.training.rivals import rivals
 from dynplan.training.settings import Recipe
-from dynplan.training.trainer import PlainTrainer, RobustTrainer, training_arguments
+from dynplan.training.trainer import PlainTrainer, RobustTrainer, StudentTrainer, training_arguments
 
 _DONE = "stage.json"  # in the folder of a finished stage
 
@@ -65,8 +60,12 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
     callbacks=(),
+    teacher: str | Path | None = None,
 ) -> nn.Module:
     """Fine-tune an encoder and learn its planner.
+
+    ``teacher``: folder of a model fine-tuned for the same task, whose answers are targets beside the labels;
+    with ``planner="none"`` only.
 
     Whenever a run is interrupted, be it killed in the middle of a save, ``resume`` leads to the same result.
     In the
@@ -92,7 +91,7 @@ def finetune(
         InputError: a folder, rows or settings that cannot be used, before anything is written; training that
             diverges.
     """
-    run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks)
+    run = _Run(model, rows, Path(output), task, recipe or Recipe(), resume, progress, callbacks, teacher)
     try:
         return run.run()
     except OSError as error:  # Trainer makes folders of its own
@@ -100,7 +99,7 @@ def finetune(
 
 
 class _Run:
-    def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks):
+    def __init__(self, model, rows, output, task, recipe, resume, progress, callbacks, teacher):
         self.ranks = processes()
         self.recipe, self.callbacks = recipe, callbacks
         self.progress = progress = progress and self.ranks.is_main_process
@@ -109,7 +108,10 @@ class _Run:
         # Nothing is trained before recipe.json is there.
         self.resume = resume and (self.output / RECIPE).exists()
         self.task: Task = infer_task(rows, task)
-        described = describe_run(self.task, recipe, self.source, rows, self.ranks.num_processes)
+        self.teacher = teacher
+        if teacher is not None and recipe.planner != "none":
+            raise InputError(f"finetune: expected a teacher with planner none, got {recipe.planner}")
+        described = describe_run(self.task, recipe, self.source, rows, self.ranks.num_processes, teacher)
         if self.resume:
             check_same_run(self.output, described)
         if not (self.source / "config.json").is_file():
@@ -146,9 +148,8 @@ class _Run:
     def run(self) -> nn.Module:
         folder = self.source
         if self.recipe.plain_epochs > 0:
-            folder = self._fit_encoder(
-                folder, PlainTrainer, self.recipe.plain_epochs, self.recipe.learning_rate
-            )
+            kind = PlainTrainer if self.teacher is None else StudentTrainer
+            folder = self._fit_encoder(folder, kind, self.recipe.plain_epochs, self.recipe.learning_rate)
         if self.recipe.planner == "exits":
             model = self._fit_exits(folder)
             return self._finish(model, model.dynplan.policy)
@@ -214,9 +215,11 @@ class _Run:
         if self.resume and (done / _DONE).exists():
             say(f"{self._title(stage)}: taken from {done}", self.progress)
             return done
-        model = self._load(source)
+        model, rows = self._load(source), self.fit
         extra = {}
-        if trainer_class is RobustTrainer:
+        if trainer_class is StudentTrainer:
+            rows, extra = self._taught(), {"distill": self.recipe.distill}
+        elif trainer_class is RobustTrainer:
             model = dynplan.swap(model)
             extra = {"shares": self.recipe.shares, "distill": self.recipe.distill}
         arguments = self._arguments(
@@ -227,13 +230,24 @@ class _Run:
             bf16=self.recipe.bf16,
         )
         trainer = trainer_class(
-            model, arguments, self.task, self.tokenizer, self.fit, self.held, self.callbacks, **extra
+            model, arguments, self.task, self.tokenizer, rows, self.held, self.callbacks, **extra
         )
         self._train(trainer, stage)
         if trainer_class is RobustTrainer:
             model = dynplan.unswap(model)
         self._settle_stage(model, stage)
         return done
+
+    def _taught(self) -> EncodedDataset:
+        """The rows to fit, each with what the teacher answers."""
+        say(f"{self._title('plain')}: the teacher's answers", self.progress)
+        teacher = load_classifier(Path(self.teacher), self.task)
+        teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+        batches = make_batches(self.fit, self.tokenizer, 64)
+        answers = from_first(torch.from_numpy(predict(teacher, batches, self.task).logits))
+        return EncodedDataset(
+            [{**item, "teacher": row} for item, row in zip(self.fit.items, answers.tolist(), strict=True)]
+        )
 
     def _settle_stage(self, model: nn.Module, stage: str) -> None:
         """What a stage leaves in its folder, whole, on one process."""

@@ -47,7 +47,14 @@ def check_output(folder: Path, resume: bool = False) -> Path:
     return folder
 
 
-def describe_run(task: Task, recipe: Recipe, model: Path, rows: list[dict], processes: int = 1) -> dict:
+def describe_run(
+    task: Task,
+    recipe: Recipe,
+    model: Path,
+    rows: list[dict],
+    processes: int = 1,
+    teacher: str | Path | None = None,
+) -> dict:
     """What ``recipe.json`` holds. The rows are known again by their hash."""
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     described = {
@@ -56,6 +63,7 @@ def describe_run(task: Task, recipe: Recipe, model: Path, rows: list[dict], proc
         "model": model.resolve().name,
         "rows": {"count": len(rows), "sha256": digest},
         "processes": processes,
+        **({} if teacher is None else {"teacher": Path(teacher).resolve().name}),
     }
     return json.loads(json.dumps(described))  # tuples as the lists that a file gives back
 
@@ -81,6 +89,8 @@ def check_same_run(folder: Path, described: dict) -> None:
     ]
     if recorded.get("model") != described["model"]:
         changed.append(f"--model {described['model']} (it began with {recorded.get('model')})")
+    if recorded.get("teacher") != described.get("teacher"):
+        changed.append(f"teacher {described.get('teacher')} (it began with {recorded.get('teacher')})")
     if "rows" in recorded and recorded["rows"] != described["rows"]:
         changed.append("--train with other rows")
     elif recorded.get("task") != described["task"]:

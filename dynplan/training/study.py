@@ -1,22 +1,22 @@
 """The study: planners with exits against their rivals and against ordinary fine-tuning, task by task.
 
-Every task and seed is a part of its own: three trainings (exits; the ordinary one; a model cut to its first
-layers and trained for itself), and one evaluation of all of them on the dev rows. A part that is finished is
-a file that is there whole, so that a killed study goes on where it was. Several processes train together; the
-first one alone evaluates and writes.
+Every task and seed is a part of its own: trainings (with exits; the ordinary one; models cut to their first
+layers and trained for themselves; one of them taught by the ordinary model), and one evaluation of all of
+them on the dev rows. A part that is finished is a file that is there whole, so that a killed study goes on
+where it was. Several processes train together; the first one alone evaluates and writes.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from transformers import AutoModel
 
 import dynplan
@@ -24,19 +24,17 @@ from dynplan.benchmarking import environment
 from dynplan.errors import InputError
 from dynplan.files import fresh_folder, settle_folder, write_whole, writing
 from dynplan.loading import load_tokenizer
-from dynplan.training.data import Task, encode_rows
-from dynplan.training.evaluate import Row, evaluate, plain_model
-from dynplan.training.metrics import task_metrics
-from dynplan.training.predict import make_batches, predict
+from dynplan.training.data import encode_rows
+from dynplan.training.evaluate import evaluate, plain_model
 from dynplan.training.progress import say
 from dynplan.training.ranks import first_finds, processes, share_of_batch
 from dynplan.training.recipe import finetune
 from dynplan.training.record import load_run, read_rivals
 from dynplan.training.rows import read_rows
 from dynplan.training.settings import Recipe
+from dynplan.training.study_sums import PREFIX, STUDENT, collect
 
 GLUE = ("sst2", "cola", "mrpc", "rte", "stsb", "qnli")
-DRAWS = 500  # of the bootstrap
 _KINDS = (".jsonl", ".tsv", ".csv", ".parquet")
 
 
@@ -51,10 +49,14 @@ class Study:
         output: receives a folder per part, and the results.
         tasks: GLUE's names.
         seeds: of each task.
+        single: tasks that get the first seed alone.
         budgets: to be compared at, below 1.
+        curve: more budgets, for the planner alone.
         train_rows: at most so many of each task's, the first ones.
         recipe: of all trainings; epochs of the ordinary one are those with exits.
         own_subsets: shares of the layers at which a prefix is trained for itself.
+        students: shares of the layers at which a prefix is taught by the ordinary model.
+        own_tasks: tasks for which prefixes and students are trained; None: all.
         seconds: spent on measuring time in each part.
     """
 
@@ -63,11 +65,24 @@ class Study:
     output: Path
     tasks: Sequence[str] = GLUE
     seeds: Sequence[int] = (0,)
+    single: Sequence[str] = ()
     budgets: Sequence[float] = (0.75, 0.5, 0.33)
+    curve: Sequence[float] = (0.9, 0.7, 0.6, 0.45, 0.4, 0.3)
     train_rows: int = 8000
     recipe: Recipe = field(default_factory=Recipe)
     own_subsets: Sequence[float] = (0.5, 0.33)
+    students: Sequence[float] = (0.5,)
+    own_tasks: Sequence[str] | None = None
     seconds: float = 60.0
+
+    def parts(self) -> list[tuple[str, int]]:
+        """Task and seed of each part, all tasks' first seed first."""
+        return [
+            (task, seed)
+            for number, seed in enumerate(self.seeds)
+            for task in self.tasks
+            if number == 0 or task not in self.single
+        ]
 
 
 def run_study(study: Study, progress: bool = True) -> dict:
@@ -80,17 +95,26 @@ def run_study(study: Study, progress: bool = True) -> dict:
     progress = progress and ranks.is_main_process
     share_of_batch(study.recipe.batch_size)
     files = {task: (_file(study, task, "train"), _file(study, task, "dev")) for task in study.tasks}
-    parts = [(task, seed) for seed in study.seeds for task in study.tasks]
-    for number, (task, seed) in enumerate(parts, 1):
-        say(f"part {number} of {len(parts)}: {task}, seed {seed}", progress)
-        if not first_finds(_result(study, task, seed).exists):
-            _run_part(study, task, seed, *files[task], progress)
-    results = collect(study)
+    parts = study.parts()
+    wanting = [part for part in parts if not first_finds(_result(study, *part).exists)]
+    begun = time.monotonic()
+    say(f"{len(parts) - len(wanting)} of {len(parts)} parts are there already", progress)
+    for number, (task, seed) in enumerate(wanting):
+        left = f", about {_left(begun, number, len(wanting))} left" if number else ""
+        say(f"part {number + 1} of {len(wanting)}: {task}, seed {seed}{left}", progress)
+        _run_part(study, task, seed, *files[task], progress)
+    results = collect(study.tasks, {part: _result(study, *part) for part in parts})
     if ranks.is_main_process:
         with writing(study.output):
             write_whole(study.output / "results.json", json.dumps(results, indent=1) + "\n")
     ranks.wait_for_everyone()
     return results
+
+
+def _left(begun: float, done: int, parts: int) -> str:
+    """Time that the other parts take, if they take what these did."""
+    minutes = (time.monotonic() - begun) / done * (parts - done) / 60
+    return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
 
 
 def _file(study: Study, task: str, split: str) -> Path:
@@ -112,20 +136,30 @@ def _run_part(study: Study, task: str, seed: int, train: Path, dev: Path, progre
     recipe = replace(study.recipe, seed=seed, planner="exits")
     ordinary = replace(recipe, planner="none", plain_epochs=recipe.plain_epochs + recipe.exit_epochs)
 
-    def fitted(name: str, source: Path, settings: Recipe) -> Path:
+    def fitted(name: str, source: Path, settings: Recipe, teacher: Path | None = None) -> Path:
         place = folder / name
         if not first_finds((place / "dynplan.json").exists):
             say(f"{task}, seed {seed}: {name}", progress)
-            finetune(source, rows, place, task, settings, resume=True, progress=progress)
+            options = {"resume": True, "progress": progress, "teacher": teacher}
+            finetune(source, rows, place, task, settings, **options)
         return place
 
     planned = fitted("exits", study.model, recipe)
-    alone = {"ordinary": fitted("ordinary", study.model, ordinary)}
+    alone = {("ordinary", None): fitted("ordinary", study.model, ordinary)}
     layers = dynplan.from_pretrained(planned).dynplan.num_layers
-    for share in study.own_subsets:
-        count = max(1, int(share * layers + 1e-6))
-        cut = _cut(study.model, count, folder / f"first-{count}-of-{layers}")
-        alone[f"first {count} layers, trained for themselves"] = fitted(f"first-{count}", cut, ordinary)
+
+    def cut(share: float) -> tuple[int, Path]:
+        count = max(1, round(share * layers))
+        return count, _cut(study.model, count, folder / f"cut-{count}-of-{layers}")
+
+    if study.own_tasks is None or task in study.own_tasks:
+        for share in study.own_subsets:
+            count, source = cut(share)
+            alone[PREFIX, share] = fitted(f"first-{count}", source, ordinary)
+        for share in study.students:
+            count, source = cut(share)
+            teacher = alone["ordinary", None]
+            alone[STUDENT, share] = fitted(f"student-{count}", source, ordinary, teacher)
 
     ranks = processes()
     if ranks.is_main_process:
@@ -138,7 +172,7 @@ def _evaluate_part(
     task: str,
     seed: int,
     planned: Path,
-    alone: dict[str, Path],
+    alone: dict[tuple[str, float | None], Path],
     train_rows: int,
     held_out: list[dict],
     progress: bool,
@@ -160,23 +194,30 @@ def _evaluate_part(
         seconds=study.seconds,
         progress=progress,
         rivals=read_rivals(planned, model.dynplan.planner),
-        logits=said,
+        curve=study.curve,
+        others={key: dynplan.from_pretrained(place).eval() for key, place in alone.items()},
+        said=said,
     )
-    batches = make_batches(dataset, tokenizer, 32)
-    for name, place in alone.items():
-        prediction = predict(dynplan.from_pretrained(place).eval(), batches, kind)
-        depth = prediction.plan.shape[1] / model.dynplan.num_layers
-        table.append(Row(name, None, prediction.figures(kind), depth, depth))
-        said[name, None] = prediction.logits
-    labels = np.array([item["labels"] for item in dataset.items])
+    answers = said.pop("exits")
+    first = model.dynplan.planner.sureness(0, answers.logits[:, 0], answers.pooled[:, 0])
     result = {
         "task": asdict(kind),
         "seed": seed,
+        "model": Path(study.model).resolve().name,
+        "recipe": recipe,
         "train_rows": train_rows,
         "machine": environment(),
+        "budgets": list(study.budgets),
         "rows": [asdict(row) for row in table],
-        "labels": labels.tolist(),
-        "logits": [[list(key), _rounded(values)] for key, values in said.items()],
+        "labels": answers.labels.tolist(),
+        "lengths": answers.lengths.tolist(),
+        "sureness": _rounded(first.detach().numpy()),
+        "depths": [
+            [list(key), prediction.plan.sum(1).tolist()]
+            for key, prediction in said.items()
+            if key[0] == "planner"
+        ],
+        "logits": [[list(key), _rounded(prediction.logits)] for key, prediction in said.items()],
     }
     with writing(folder):
         write_whole(_result(study, task, seed), json.dumps(result) + "\n")
@@ -200,131 +241,3 @@ def _cut(source: Path, layers: int, folder: Path) -> Path:
             settle_folder(unfinished, folder)
     ranks.wait_for_everyone()
     return folder
-
-
-def collect(study: Study) -> dict:
-    """All parts as one table: scores of each policy at each budget and of ordinary fine-tuning, and how far
-    the planner is above each rival, with its standard error over dev rows (paired bootstrap).
-    """
-    parts = {}
-    for task in study.tasks:
-        for seed in study.seeds:
-            place = _result(study, task, seed)
-            if place.exists():
-                parts[task, seed] = json.loads(place.read_text(encoding="utf-8"))
-    summary = {
-        "tasks": list(study.tasks),
-        "seeds": list(study.seeds),
-        "parts": len(parts),
-        "rows": [
-            {"task": task, "seed": seed, **{k: v for k, v in row.items() if k != "figures"},
-             "score": row["figures"]["score"]}
-            for (task, seed), part in parts.items() for row in part["rows"]
-        ],
-    }  # fmt: skip
-    summary["against_rivals"] = _against(parts, study)
-    return summary
-
-
-def _against(parts: dict, study: Study) -> list[dict]:
-    """The planner's score less each rival's, mean over tasks and seeds, in points of 100."""
-    found = []
-    names = {name for part in parts.values() for (name, *_), _ in part["logits"]}
-    rivals = sorted(name for name in names if name.endswith((" exit", " depth")))
-    for budget in study.budgets:
-        for mode in ([], ["stream"]):
-            for rival in rivals:
-                gaps, draws = [], []
-                for part in parts.values():
-                    said = {tuple(key): np.array(values) for key, values in part["logits"]}
-                    mine, theirs = (said.get((name, budget, *mode)) for name in ("planner", rival))
-                    if mine is None or theirs is None:
-                        continue
-                    task = Task(**{**part["task"], "labels": tuple(part["task"]["labels"])})
-                    labels = np.array(part["labels"])
-                    gaps.append(_score(task, mine, labels) - _score(task, theirs, labels))
-                    draws.append(_bootstrap(task, mine, theirs, labels))
-                if gaps:
-                    spread = np.std(np.mean(draws, 0))
-                    found.append(
-                        {
-                            "budget": budget,
-                            "batch": 1 if mode else 32,
-                            "rival": rival,
-                            "points": 100 * float(np.mean(gaps)),
-                            "standard_error": 100 * float(spread),
-                            "parts": len(gaps),
-                        }
-                    )
-    return found
-
-
-def _score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    return task_metrics(task, logits, labels)["score"]
-
-
-def _bootstrap(task: Task, mine: np.ndarray, theirs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Differences of the two scores on rows drawn again and again, the same ones for both."""
-    picked = np.random.default_rng(0).integers(0, len(labels), (DRAWS, len(labels)))
-    return resampled_scores(task, mine, labels, picked) - resampled_scores(task, theirs, labels, picked)
-
-
-def resampled_scores(task: Task, logits: np.ndarray, labels: np.ndarray, picked: np.ndarray) -> np.ndarray:
-    """The task's score on each row of ``picked``, all at once: scikit-learn takes milliseconds for one.
-
-    picked: integer (draws, N), rows that each draw holds. F1 and Matthews are for two classes.
-    """
-    if task.kind == "regression":
-        said, wanted = logits.reshape(len(labels))[picked], labels[picked]
-        figures = {
-            "pearson": lambda: _correlations(said, wanted),
-            "spearman": lambda: _correlations(rankdata(said, axis=1), rankdata(wanted, axis=1)),
-        }
-    else:
-        said, wanted = logits.argmax(1)[picked], labels[picked]
-        hits = [((said == a) & (wanted == b)).sum(1).astype(float) for a in (1, 0) for b in (1, 0)]
-        both, false, missed, neither = hits
-        scale = (both + false) * (both + missed) * (neither + false) * (neither + missed)
-        figures = {
-            "accuracy": lambda: (said == wanted).mean(1),
-            "f1": lambda: 2 * both / np.maximum(2 * both + false + missed, 1),
-            "matthews": lambda: (both * neither - false * missed) / np.sqrt(np.maximum(scale, 1)),
-        }
-    return np.mean([figures[name]() for name in task.metric.split("+")], 0)
-
-
-def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of each row of ``a`` with that of ``b``; 0 where one is constant."""
-    a, b = (values - values.mean(1, keepdims=True) for values in (a, b))
-    scale = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    return (a * b).sum(1) / np.where(scale > 0, scale, 1)
-
-
-def report_lines(results: dict) -> list[str]:
-    """The tables as Markdown: scores by task, then the planner against its rivals."""
-    tasks = results["tasks"]
-    table: dict[tuple, dict[str, list]] = {}
-    for row in results["rows"]:
-        for batch, score in ((32, row["score"]), (1, row["stream_score"])):
-            if score is not None:
-                key = (row["name"], row["budget"], batch)
-                table.setdefault(key, {}).setdefault(row["task"], []).append(score)
-    lines = _markdown(("policy", "budget", "batch", *tasks, "mean"), 1)
-    for (name, budget, batch), scores in table.items():
-        cells = [100 * np.mean(scores[task]) if task in scores else np.nan for task in tasks]
-        shown = ["" if np.isnan(cell) else f"{cell:.1f}" for cell in (*cells, np.mean(cells))]
-        lines.append(_line((name, "" if budget is None else f"{budget:g}", batch, *shown)))
-    lines += ["", *_markdown(("rival", "budget", "batch", "planner above it, points", "standard error"), 1)]
-    for row in results["against_rivals"]:
-        figures = f"{row['points']:+.2f}", f"{row['standard_error']:.2f}"
-        lines.append(_line((row["rival"], f"{row['budget']:g}", row["batch"], *figures)))
-    return lines
-
-
-def _markdown(header: tuple, words: int) -> list[str]:
-    """The first two lines of a table whose first ``words`` columns are words."""
-    return [_line(header), _line((":--",) * words + ("--:",) * (len(header) - words))]
-
-
-def _line(cells: Sequence) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

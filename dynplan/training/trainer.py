@@ -158,6 +158,25 @@ class PlainTrainer(WholeCheckpoints, Trainer):
         return LengthGroupedSampler(dataset.lengths, batch_size, self.args.seed)
 
 
+class StudentTrainer(PlainTrainer):
+    """Ordinary fine-tuning with a teacher's answers as targets beside the labels (Hinton et al., arXiv
+    1503.02531): loss = L(labels) + ``distill`` * divergence(from the teacher). Training items hold
+    ``teacher``, its logits.
+    """
+
+    def __init__(self, *args, distill: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.distill = distill
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels, target = inputs.pop("labels"), inputs.pop("teacher")
+        logits = model(**inputs).logits
+        apart = path_divergence(self.task, logits, target)
+        return (sample_losses(self.task, logits, labels) + self.distill * apart).mean()
+
+
 class RobustTrainer(PlainTrainer):
     """Fine-tunes a swapped model so that it stands layer bypass.
 

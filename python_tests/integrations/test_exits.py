@@ -10,7 +10,16 @@ from torch import nn
 
 import dynplan
 from dynplan.nn import Exits
-from dynplan.policies import ConfidenceExit, EntropyExit, KeepAll, LearnedExit, PatienceExit, RandomPath
+from dynplan.policies import (
+    ConfidenceExit,
+    EntropyExit,
+    HashExit,
+    KeepAll,
+    LearnedExit,
+    PatienceExit,
+    RandomExit,
+    RandomPath,
+)
 
 POLICIES = (ConfidenceExit, EntropyExit, PatienceExit, LearnedExit)
 KINDS = ("bert", "roberta", "electra")
@@ -274,3 +283,42 @@ def test_models_that_do_not_fit():
     model = dynplan.swap(tiny(num_hidden_layers=6), policy_of())
     with pytest.raises(ValueError, match="expected a model of 4 layers, as the exits are for, got 6"):
         model(**inputs_of())
+
+
+@pytest.mark.parametrize("kind", [HashExit, RandomExit])
+@torch.no_grad()
+def test_exits_that_no_answer_decides_about(kind):
+    """Half of the samples go on, in the contract; in batches and alone, where native code runs them."""
+    policy = policy_of(kind, chains=((1, 3),), threshold=0.5)
+    original, model = swapped(policy=policy)
+    texts = batch([4] * 60, seed=2)
+    plan = assert_right(original, model, texts)
+    assert plan.all(1).sum() == 0 and 15 < (plan.sum(1) == 3).sum() < 45
+    again = assert_right(original, model, texts)
+    assert torch.equal(plan, again) == (kind is HashExit), "a text has one path, chance has many"
+    model.dynplan.budget = dynplan.StreamBudget(1.0)
+    alone = []
+    for row in range(60):
+        one = {name: values[row : row + 1] for name, values in texts.items()}
+        alone.append(assert_right(original, model, one))
+    depths = torch.cat(alone).sum(1)
+    assert set(depths.tolist()) == {1, 3} and 15 < (depths == 3).sum() < 45
+    if kind is HashExit:
+        assert torch.equal(depths, plan.sum(1))
+    model.dynplan.budget = dynplan.StreamBudget(0.5, burst=0)
+    kept = sum(
+        int(assert_right(original, model, {name: v[row : row + 1] for name, v in texts.items()}).sum())
+        for row in range(60)
+    )
+    assert 60 <= kept <= 0.5 * LAYERS * 60
+
+
+@torch.no_grad()
+def test_chance_is_seeded():
+    plans = []
+    for seed in (0, 0, 1):
+        policy = RandomExit(exits_of(), 1.0, [[1, 3]], [0] * 5, [[0.5] * 5], seed=seed)
+        model = swapped(policy=policy)[1]
+        plans.append([model(**batch([4] * 20)) and model.dynplan.last_plan for _ in range(2)])
+    assert all(map(torch.equal, plans[0], plans[1])) and not all(map(torch.equal, plans[0], plans[2]))
+    assert policy.options()["seed"] == 1

@@ -9,7 +9,14 @@ from transformers import TrainerCallback
 import dynplan
 from dynplan.loading import load_tokenizer
 from dynplan.nn import Exits
-from dynplan.policies import ConfidenceExit, EntropyExit, LearnedExit, PatienceExit
+from dynplan.policies import (
+    ConfidenceExit,
+    EntropyExit,
+    HashExit,
+    LearnedExit,
+    PatienceExit,
+    RandomExit,
+)
 from dynplan.training import (
     InputError,
     Recipe,
@@ -21,16 +28,10 @@ from dynplan.training import (
     plain_model,
     read_rivals,
 )
-from dynplan.training.exits import (
-    GRID,
-    ExitAnswers,
-    calibrate,
-    default_depths,
-    exit_answers,
-    masked_mean,
-    rivals,
-)
+from dynplan.training.calibration import GRID, calibrate
+from dynplan.training.exits import ExitAnswers, default_depths, exit_answers, masked_mean
 from dynplan.training.predict import make_batches
+from dynplan.training.rivals import mixture, oracle, rivals
 
 QUICK = Recipe(exit_epochs=2, max_length=16, learning_rate=3e-3, holdout=0.3)
 CLASSES = infer_task([{"label": 0}, {"label": 1}])
@@ -77,7 +78,8 @@ def test_a_run_leaves_a_planner_with_exits(tuned, rows):
     task, recipe, static = load_run(tuned)
     assert recipe["planner"] == "exits" and static == {}
     found = read_rivals(tuned, policy.planner)
-    assert {type(one) for one in found.values()} == {ConfidenceExit, EntropyExit, LearnedExit, PatienceExit}
+    kinds = {ConfidenceExit, EntropyExit, HashExit, LearnedExit, PatienceExit, RandomExit}
+    assert {type(one) for one in found.values()} == kinds
     assert all(len(chain) == 1 for chain in found["fixed depth"].chains)
     tokenizer = load_tokenizer(tuned)
     dataset = encode_rows(rows, task, tokenizer, 16)
@@ -146,7 +148,8 @@ def test_regression(tiny_model, rows, tmp_path):
     numbers = [{**row, "label": row["label"] + 0.5} for row in rows]
     model = finetune(tiny_model, numbers, tmp_path, recipe=QUICK, progress=False)
     assert model.dynplan.planner.errors is not None
-    assert set(read_rivals(tmp_path, model.dynplan.planner)) == {"fixed depth", "patience exit"}
+    names = {"fixed depth", "patience exit", "hash exit", "random exit"}
+    assert set(read_rivals(tmp_path, model.dynplan.planner)) == names
 
 
 def simulate(policy, answers, budget, task=CLASSES):
@@ -195,7 +198,49 @@ def test_temperatures_mend_what_is_too_sure():
 def test_rivals_ask_every_exit():
     exits = Exits(8, 4, (1, 2, 3))
     for name, policy in rivals(exits, answers_of(), CLASSES).items():
-        assert name == "fixed depth" or policy.chains == ((1, 2, 3, 4),)
+        if name.startswith(("patience", "entropy", "learned")):
+            assert policy.chains == ((1, 2, 3, 4),)
+
+
+def test_mixtures_are_the_best_that_a_budget_pays_for():
+    exits, answers = Exits(8, 4, (1, 2, 3)), answers_of()
+    means = dict(zip((1, 2, 3, 4), answers.qualities(CLASSES).mean(0).tolist(), strict=True))
+    policy = mixture(exits, answers, CLASSES, HashExit)
+    for budget in (0.25, 0.4375, 0.5, 0.625, 0.75, 1.0):
+        place = round(budget * GRID)
+        index = policy.choice[place]
+        (low, high), share = policy.chains[index], policy.thresholds[index][place]
+        assert low + share * (high - low) <= 4 * budget + 1e-6
+        reached = means[low] + share * (means[high] - means[low])
+        for one, other in ((1, 2), (1, 3), (1, 4), (2, 3), (2, 4), (3, 4)):
+            if one <= 4 * budget <= other:
+                mixed = means[one] + (4 * budget - one) / (other - one) * (means[other] - means[one])
+                assert reached >= mixed - 1e-6
+
+
+def test_an_oracle_takes_the_cheapest_right_answers():
+    wrong, right = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    paths = [[right, right, right], [wrong, right, right], [wrong, wrong, right], [wrong, wrong, wrong]]
+    answers = ExitAnswers(
+        torch.stack([torch.stack(path) for path in paths]), torch.zeros(4, 2, 8), torch.ones(4).long(),
+        torch.full((4,), 5),
+    )  # fmt: skip
+    for budget, stops in (
+        (1.0, [0, 1, 2, 0]),
+        (7 / 16, [0, 1, 0, 0]),
+        (5 / 16, [0, 1, 0, 0]),
+        (0.25, [0] * 4),
+    ):
+        assert oracle(answers, CLASSES, (1, 2, 4), budget).tolist() == stops, budget
+
+
+def test_an_oracle_of_numbers_goes_where_the_error_is_least():
+    said = torch.tensor([[[0.5], [0.9], [1.0]], [[1.0], [0.0], [0.9]], [[0.0], [0.1], [1.0]]])
+    answers = ExitAnswers(said, torch.zeros(3, 2, 8), torch.ones(3), torch.full((3,), 5))
+    assert oracle(answers, NUMBERS, (1, 2, 4), 1.0).tolist() == [2, 0, 2]
+    # Three of 12 layers go to the first exits; what is left pays for the last row's gain, the cheapest.
+    assert oracle(answers, NUMBERS, (1, 2, 4), 6 / 12).tolist() == [0, 0, 2]
+    assert oracle(answers, NUMBERS, (1, 2, 4), 5 / 12).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
