@@ -5,13 +5,21 @@ one by one.
 """
 
 import re
+from pathlib import Path
 
 import griffe
 
+ROOT = Path(__file__).resolve().parents[2]
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr):`(?P<short>~?)(?P<target>[^`]+)`")
 _GROUP = re.compile(r"^    (?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)+): (?P<text>.*(?:\n {5,}.*)*)", re.MULTILINE)
 _ARGUMENTS = re.compile(r"^(?:Args|Attributes):\n(?:    .*\n?)+", re.MULTILINE)
 _LITERAL_BLOCK = re.compile(r"::$", re.MULTILINE)
+
+
+def defined(path: str) -> str:
+    """The path of a public name, in its own module where that has the same path, as dynplan.ops.pack does."""
+    is_module = (ROOT / path.replace(".", "/")).with_suffix(".py").is_file()
+    return f"{path}.{path.rsplit('.', 1)[-1]}" if is_module else path
 
 
 def one_by_one(text: str) -> str:
@@ -28,7 +36,7 @@ def to_markdown(text: str, owner: str) -> str:
         target = found["target"]
         name = target.rsplit(".", 1)[-1] if found["short"] else target
         identifier = target if "." in target else f"{owner}.{target}"
-        return f'<autoref identifier="{identifier}" optional><code>{name}</code></autoref>'
+        return f'<autoref identifier="{defined(identifier)}" optional><code>{name}</code></autoref>'
 
     return _LITERAL_BLOCK.sub(":", _ROLE.sub(role, one_by_one(text)))
 
