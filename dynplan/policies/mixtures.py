@@ -64,7 +64,8 @@ class _Mixture(ConfidenceExit):
     def _uniform(self, request: PlanRequest) -> Tensor:
         drawn = request.memory.get("drawn")
         if drawn is None:
-            bits = (self.numbers(request) >> 40) & 0xFFFFFF  # as many as float32 holds
+            # As many bits as float32 holds, and none of the uppermost, which mix() leaves alike.
+            bits = (self.numbers(request) >> 16) & 0xFFFFFF
             drawn = request.memory["drawn"] = bits.float() / 2**24
         return drawn
 

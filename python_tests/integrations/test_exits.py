@@ -292,8 +292,9 @@ def test_exits_that_no_answer_decides_about(kind):
     policy = policy_of(kind, chains=((1, 3),), threshold=0.5)
     original, model = swapped(policy=policy)
     texts = batch([4] * 60, seed=2)
+    model.dynplan.budget = 0.5
     plan = assert_right(original, model, texts)
-    assert plan.all(1).sum() == 0 and 15 < (plan.sum(1) == 3).sum() < 45
+    assert sorted(plan.sum(1).tolist()) == [1] * 30 + [3] * 30, "as many go on as the contract pays for"
     again = assert_right(original, model, texts)
     assert torch.equal(plan, again) == (kind is HashExit), "a text has one path, chance has many"
     model.dynplan.budget = dynplan.StreamBudget(1.0)
@@ -304,7 +305,8 @@ def test_exits_that_no_answer_decides_about(kind):
     depths = torch.cat(alone).sum(1)
     assert set(depths.tolist()) == {1, 3} and 15 < (depths == 3).sum() < 45
     if kind is HashExit:
-        assert torch.equal(depths, plan.sum(1))
+        one, other = sorted((depths == 3, plan.sum(1) == 3), key=lambda gone: int(gone.sum()))
+        assert not (one & ~other).any(), "the same ones first, in batches and alone"
     model.dynplan.budget = dynplan.StreamBudget(0.5, burst=0)
     kept = sum(
         int(assert_right(original, model, {name: v[row : row + 1] for name, v in texts.items()}).sum())
@@ -317,7 +319,7 @@ def test_exits_that_no_answer_decides_about(kind):
 def test_chance_is_seeded():
     plans = []
     for seed in (0, 0, 1):
-        policy = RandomExit(exits_of(), 1.0, [[1, 3]], [0] * 5, [[0.5] * 5], seed=seed)
+        policy = RandomExit(exits_of(), 0.5, [[1, 3]], [0] * 5, [[0.5] * 5], seed=seed)
         model = swapped(policy=policy)[1]
         plans.append([model(**batch([4] * 20)) and model.dynplan.last_plan for _ in range(2)])
     assert all(map(torch.equal, plans[0], plans[1])) and not all(map(torch.equal, plans[0], plans[2]))
