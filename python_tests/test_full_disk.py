@@ -14,7 +14,6 @@ from dynplan.inference import InputColumns, ModelSettings, RunSettings, run
 from dynplan.policies import FixedPath, HashPath
 from dynplan.policy_files import load_policy, save_policy
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")  # the pool of more does not live in a fork
 
 
