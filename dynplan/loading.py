@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dynplan.errors import InputError
 
+_MOST = 4096  # layers or heads
+
 
 def load(name: str, folder: str | Path, loader: Callable[[str | Path], Any]) -> Any:
     """Call a loader; whatever it raises becomes one line that says what was expected.
@@ -60,6 +62,19 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         raise InputError(f"tokenizer: expected a padding token, got a tokenizer in {folder} without")
     return tokenizer
+
+
+def check_config(folder: str | Path, config) -> None:
+    """Refuse numbers of layers and heads that no model has, before one is built: transformers takes -1 for
+    none, and would go on for as long as 10**12 layers take.
+    """
+    for name in ("num_hidden_layers", "num_attention_heads"):
+        number = getattr(config, name, 1)
+        if isinstance(number, int) and (number is True or not 1 <= number <= _MOST):
+            raise InputError(
+                f"model: expected {name} to be within 1..{_MOST} in the config of {folder}, "
+                f"got {number!r:.100}"
+            )
 
 
 def missing_weights(folder: str | Path, model: nn.Module, info: dict) -> None:

@@ -62,7 +62,7 @@ def test_a_fork_after_use():
             losses = region(0)
         return [model(**inputs).logits, *losses, *packing(0)]
 
-    (wanted,) = on_threads([2], work)
+    _, wanted = on_threads([2, 1], work)  # the head is PyTorch's, whose bits may depend on their number
     for _ in range(2):
         child = os.fork()
         if not child:
@@ -74,7 +74,8 @@ def test_a_fork_after_use():
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert all(torch.equal(a, b) for a, b in zip(work(), wanted, strict=True))
+    (again,) = on_threads([1], work)
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
 
 
 def test_many_threads():

@@ -14,6 +14,8 @@ from dynplan.inference import InputColumns, ModelSettings, RunSettings, run
 from dynplan.policies import FixedPath, HashPath
 from dynplan.policy_files import load_policy, save_policy
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the pool of more does not live in a fork
+
 
 def with_small_files(work, most: int) -> str:
     """What ``work()`` raises in a fork whose files hold at most ``most`` bytes: kind and message."""

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 import dynplan
 from dynplan.errors import InputError
 from dynplan.inference.fields import Field
-from dynplan.loading import load, missing_weights
+from dynplan.loading import check_config, load, missing_weights
 from dynplan.policies import RandomPath
 from dynplan.policy_files import DESCRIPTION
 from dynplan.stream_budget import StreamBudget
@@ -86,6 +86,7 @@ class RunModel:
         self.settings, self.folder = settings, Path(settings.folder)
         if not (self.folder / "config.json").is_file():
             raise InputError(f"model: expected a folder with a Hugging Face model, got {self.folder}")
+        check_config(self.folder, load("model", self.folder, AutoConfig.from_pretrained))
         self.model = self._load().to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.control = self.model.dynplan
         budget = settings.asked_budget

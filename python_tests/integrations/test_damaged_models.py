@@ -75,7 +75,7 @@ def test_tensors_of_other_shapes_and_types(folder):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_in_the_config(folder, size):
-    """A size that is none is refused; one that a model can have takes no memory before it is found wrong."""
+    """What is no size is refused, and one that no machine can hold before memory or time is spent on it."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for number in NUMBERS:

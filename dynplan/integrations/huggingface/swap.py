@@ -26,6 +26,7 @@ from dynplan.integrations.huggingface.families import (
 )
 from dynplan.integrations.huggingface.forward import SwappedForward
 from dynplan.integrations.sentence_transformers import encoder_inside, is_folder_of, load
+from dynplan.loading import check_config
 from dynplan.ops.reduced_encoder import REDUCED_DTYPES
 from dynplan.policies import KeepAll, Policy
 from dynplan.policy_files import DESCRIPTION, load_policy, save_policy
@@ -142,7 +143,7 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
 
     Raises:
         FileNotFoundError: no such folder, or the model in it was not saved swapped.
-        ValueError: the policy's files are damaged.
+        ValueError: the policy's files are damaged, or the config asks for what no model has.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"from_pretrained: expected a local folder, got {str(folder)!r}")
@@ -153,6 +154,7 @@ def from_pretrained(folder: str | os.PathLike, *, weights: str | None = None, **
         model.dynplan.budget = budget
         return model
     config = transformers.AutoConfig.from_pretrained(folder)
+    check_config(folder, config)
     names = config.architectures or ["none"]
     model_class = getattr(transformers, str(names[0]), None) or find_class(str(names[0]))
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
