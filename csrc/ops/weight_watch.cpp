@@ -6,9 +6,8 @@
 // elsewhere a look would wait for the device.
 //
 // It keeps storages alive, so that no new one can come to lie at the address of one seen before, but no tensor:
-// torch.utils.swap_tensors asks for tensors that nobody else holds. Weak pointers keep the memory of those that are
-// gone, which have no storage any more and so count as changed. Who asks holds their Python objects, and has seen
-// that these were not swapped (python/object_checks.h, dicts_are).
+// torch.utils.swap_tensors asks for tensors that nobody else holds. Who asks holds their Python objects, and has
+// seen that these were not swapped (python/object_checks.h, dicts_are).
 //
 // The integrations ask before each forward. Asking 192 tensors through Python cost 0.1 to 0.2 ms of a short
 // text's forward, since the weights streamed before have left nothing of theirs in cache; here the misses
@@ -74,7 +73,6 @@ class WeightWatch : public torch::CustomClassHolder {
       seen_.push_back({impl, storage(impl), storage(impl)->data(), impl->storage_offset(), impl->dtype(),
                        sizes.size(), counts ? version(impl) : 0, counts, counter(impl)});
       storages_.push_back(impl->unsafe_storage());
-      tensors_.emplace_back(tensor.getIntrusivePtr());
       shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
       shapes_.insert(shapes_.end(), strides.begin(), strides.end());
       if (tensor.is_cpu() && tensor.numel() > 0 && storage(impl)->data() != nullptr) sample(tensor);
@@ -174,7 +172,6 @@ class WeightWatch : public torch::CustomClassHolder {
   int64_t handle_;
   std::vector<Seen> seen_;
   std::vector<c10::Storage> storages_;  // kept alive
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>> tensors_;
   std::vector<int64_t> shapes_;         // sizes and strides, tensor after tensor
   std::vector<Piece> pieces_;
   std::vector<char> contents_;  // of the pieces, one after another, as they were

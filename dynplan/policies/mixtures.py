@@ -93,10 +93,21 @@ class RandomExit(_Mixture):
     Args:
         planner, budget, chains, choice, thresholds: as for :class:`~dynplan.policies.HashExit`.
         seed: of the sequence of draws.
+
+    Raises:
+        ValueError: as :class:`~dynplan.policies.ConfidenceExit`.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        planner: Exits,
+        budget: float = 1.0,
+        chains: Sequence[Sequence[int]] | None = None,
+        choice: Sequence[int] | None = None,
+        thresholds: Sequence[Sequence[float]] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(planner, budget, chains, choice, thresholds, seed)
         self._forwards = torch.zeros(1, dtype=torch.int64)
 
     def numbers(self, request: PlanRequest) -> Tensor:

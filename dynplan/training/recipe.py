@@ -64,25 +64,22 @@ def finetune(
 ) -> nn.Module:
     """Fine-tune an encoder and learn its planner.
 
-    ``teacher``: folder of a model fine-tuned for the same task, whose answers are targets beside the labels;
-    with ``planner="none"`` only.
-
     Whenever a run is interrupted, be it killed in the middle of a save, ``resume`` leads to the same result.
-    In the
-    manner of DPBERT (arXiv 2308.00108), whose recipe is not published; docs/training.md says what is our
-    choice.
+    In the manner of DPBERT (arXiv 2308.00108), whose recipe is not published; docs/training.md says what is
+    our choice.
 
     Args:
         model: folder of a Hugging Face encoder with its tokenizer.
         rows: of :func:`read_rows`.
         output: folder that receives the model with planner and policy (``dynplan.from_pretrained`` reads it),
-            its
-            tokenizer, ``recipe.json``, ``metrics.jsonl`` and the stages' own folders.
+            its tokenizer, ``recipe.json``, ``metrics.jsonl`` and the stages' own folders.
         task: its name, see :func:`infer_task`.
         recipe: every setting; None: the default of each.
         resume: take finished stages from ``output`` and go on from the last checkpoint of an interrupted one.
         progress: whether bars and lines are shown.
         callbacks (Sequence[transformers.TrainerCallback]): for Hugging Face's ``Trainer``.
+        teacher: folder of a model fine-tuned for the same task, whose answers are targets beside the labels;
+            with ``planner="none"`` only.
 
     Returns:
         The swapped model.
