@@ -105,6 +105,7 @@ std::unique_lock<std::mutex> lock_streams() {
 }
 
 kernels::StreamCounts& stream_counts(const char* op, const at::Tensor& counts) {
+  TORCH_CHECK_TYPE(counts.defined(), op, ": expected counts to be a tensor, got None");
   TORCH_CHECK_VALUE(counts.is_cpu() && counts.scalar_type() == at::kLong && counts.sizes() == kCounts &&
                         counts.is_contiguous(),
                     op, ": expected counts to be int64 of shape [", kCounts, "] on the CPU, got ",
